@@ -1,0 +1,56 @@
+"""ReZero for the Hugging Face ecosystem: very deep networks without normalisation layers and without warmup."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .data import load_corpus
+from .layers import ReZero, RZTXDecoderLayer, RZTXEncoderLayer
+from .models.rezero.configuration_rezero import ReZeroConfig
+from .models.rezero.modeling_rezero import (
+    ReZeroForCausalLM,
+    ReZeroForMaskedLM,
+    ReZeroForSequenceClassification,
+    ReZeroForTokenClassification,
+    ReZeroModel,
+)
+from .optim import param_groups
+from .tokenization import byte_tokenizer
+from .trainer import ReZeroTrainer, ReZeroTrainingArguments
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register(ReZeroConfig.model_type, ReZeroConfig, exist_ok=True)
+ReZeroConfig.register_for_auto_class()
+for auto_class, model_class in (
+    (AutoModel, ReZeroModel),
+    (AutoModelForCausalLM, ReZeroForCausalLM),
+    (AutoModelForMaskedLM, ReZeroForMaskedLM),
+    (AutoModelForSequenceClassification, ReZeroForSequenceClassification),
+    (AutoModelForTokenClassification, ReZeroForTokenClassification),
+):
+    auto_class.register(ReZeroConfig, model_class, exist_ok=True)
+    model_class.register_for_auto_class(auto_class.__name__)
+
+__all__ = [
+    "RZTXDecoderLayer",
+    "RZTXEncoderLayer",
+    "ReZero",
+    "ReZeroConfig",
+    "ReZeroForCausalLM",
+    "ReZeroForMaskedLM",
+    "ReZeroForSequenceClassification",
+    "ReZeroForTokenClassification",
+    "ReZeroModel",
+    "ReZeroTrainer",
+    "ReZeroTrainingArguments",
+    "byte_tokenizer",
+    "load_corpus",
+    "param_groups",
+]

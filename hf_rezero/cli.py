@@ -1,0 +1,128 @@
+"""What the command-line scripts share: arguments from a file, configs from overrides, and what a finished run leaves."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import CONFIG_MAPPING, HfArgumentParser, PreTrainedConfig, Trainer
+
+from .diagnostics import resweight_profile
+from .plots import plot_resweights, plot_training
+from .trainer import ReZeroTrainingArguments, last_checkpoint
+
+
+def parse_arguments(dataclass_types: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
+    """Parse the command line, with a YAML or JSON file as first argument for the values that it does not give.
+
+    Raises:
+        ValueError: The file names an argument that does not exist.
+
+    Example:
+        >>> from hf_rezero.trainer import ReZeroTrainingArguments
+        >>> parse_arguments([ReZeroTrainingArguments], "", ["--learning_rate", "1e-3"])[0].learning_rate
+        0.001
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(dataclass_types, description=description)
+    parser.usage = "%(prog)s [config.yaml | config.json] [--argument value ...]"
+    if argv and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
+        parser.set_defaults(**_read_config_file(Path(argv.pop(0)), {action.dest for action in parser._actions}))
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def _read_config_file(path: Path, known: set[str]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: name a YAML or JSON file of arguments first, or none.")
+    # argparse converts text by the type of the argument, which YAML does not know: 1e-3 is a string to it
+    values = {key: v if isinstance(v, bool) else _text(v) for key, v in (yaml.safe_load(path.read_text()) or {}).items()}
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise ValueError(f"{path} has unknown arguments {', '.join(unknown)}: see --help for the names.")
+    return values
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return value if isinstance(value, list) or value is None else str(value)
+
+
+def build_config(model_type: str, overrides: str | None = None, **defaults) -> PreTrainedConfig:
+    """Build a config of `model_type` from `name=value,name=value`; derived fields follow from the given ones.
+
+    Args:
+        model_type: A model type that transformers or this library knows, such as `rezero` or `gpt2`.
+        overrides: Values in YAML notation; they win over `defaults`.
+        defaults: Values where the config class has others.
+
+    Raises:
+        ValueError: An unknown model type, an override without `=`, or a name that the config does not have.
+
+    Example:
+        >>> build_config("rezero", "hidden_size=64,num_attention_heads=4,resweight_init=null")
+        Traceback (most recent call last):
+        ...
+        huggingface_hub.errors.StrictDataclassFieldValidationError: Validation error for field 'resweight_init':
+            TypeError: Field 'resweight_init' with value None doesn't match any type in (<class 'float'>, <class 'int'>). Errors: Field 'resweight_init' expected float, got NoneType (value: None); Field 'resweight_init' expected int, got NoneType (value: None)
+        >>> build_config("rezero", "hidden_size=64,num_attention_heads=4").intermediate_size
+        256
+    """
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"model_type={model_type!r} is unknown: use 'rezero', or a type that transformers knows.")
+    config_class = CONFIG_MAPPING[model_type]
+    standard = config_class()
+    values = dict(defaults)
+    for item in (overrides or "").split(","):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if item.strip() and not equals:
+            raise ValueError(f"config_overrides has {item!r}: write name=value,name=value.")
+        if name and not hasattr(standard, name):
+            raise ValueError(f"config_overrides has {name!r}, which {config_class.__name__} does not have.")
+        if name:
+            values[name] = yaml.safe_load(value)
+    return config_class(**values)
+
+
+def check_output_dir(args: ReZeroTrainingArguments) -> str | None:
+    """Refuse to overwrite an earlier run, and return the checkpoint to resume from, if one was asked for.
+
+    Raises:
+        ValueError: `output_dir` holds files and no resumption was asked for, or there is nothing to resume from.
+    """
+    resume = args.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):
+        resume = resume.lower() == "true"
+    if resume is True:
+        return last_checkpoint(args.output_dir)
+    folder = Path(args.output_dir)
+    if not resume and args.do_train and args.process_index == 0 and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"output_dir={args.output_dir} is not empty: choose another, remove it, "
+            f"or go on with --resume_from_checkpoint true."
+        )
+    return resume or None
+
+
+def train_and_save(trainer: Trainer, checkpoint: str | None) -> None:
+    """Train, then save the model, the metrics, the Trainer's state, and the pictures of the run."""
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        plot_training(trainer.state.log_history, Path(trainer.args.output_dir, "training.png"))
+        profile = resweight_profile(trainer.accelerator.unwrap_model(trainer.model))
+        if profile:
+            plot_resweights(profile, Path(trainer.args.output_dir, "resweights.png"))
+
+
+def evaluate_and_save(trainer: Trainer, dataset, split: str) -> dict[str, float]:
+    """Evaluate on `dataset`, then print and save the metrics under the name of the split."""
+    metrics = trainer.evaluate(dataset, metric_key_prefix=split)
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+    return metrics

@@ -1,0 +1,167 @@
+"""Configuration of the ReZero text models (Bachlechner et al. 2020, arXiv:2003.04887)."""
+
+from transformers.configuration_utils import PreTrainedConfig, strict
+
+
+CONFIG_VERSION = 1
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_rezero.ReZeroConfig",
+    "AutoModel": "modeling_rezero.ReZeroModel",
+    "AutoModelForCausalLM": "modeling_rezero.ReZeroForCausalLM",
+    "AutoModelForMaskedLM": "modeling_rezero.ReZeroForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_rezero.ReZeroForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_rezero.ReZeroForTokenClassification",
+}
+
+CHOICES = {
+    "hidden_act": ("relu", "relu2", "gelu", "gelu_pytorch_tanh", "silu"),
+    "norm_position": ("none", "pre", "post", "branch"),
+    "norm_type": ("layernorm", "rmsnorm", "dyt"),
+    "position_embedding_type": ("rotary", "learned", "sinusoidal"),
+    "resweight_sharing": ("layer", "sublayer"),
+}
+
+
+@strict
+class ReZeroConfig(PreTrainedConfig):
+    r"""Shape and residual rule of a ReZero text model, an encoder or a causal decoder.
+
+    Every sublayer `F` (self-attention, cross-attention, feed-forward) is connected by one row of the paper's Table 1,
+    where `w` is the learned `resweight`:
+
+    | row                  | `norm_position` | `resweight_init` | `resweight_trainable` | `skip_connection` |
+    |----------------------|-----------------|------------------|-----------------------|-------------------|
+    | ReZero `x + w F(x)`  | none            | 0                | True                  | True              |
+    | residual `x + F(x)`  | none            | 1                | False                 | True              |
+    | pre-norm `x + F(N x)`| pre             | 1                | False                 | True              |
+    | post-norm `N(x + F x)`| post           | 1                | False                 | True              |
+    | branch norm `x + N(F x)` | branch      | 1                | False                 | True              |
+    | deep net `F(x)`      | none            | 1                | False                 | False             |
+    | deep net + norm `N(F x)` | post        | 1                | False                 | False             |
+    | ReZero + norm        | pre/post/branch | 0                | True                  | True              |
+
+    Args:
+        vocab_size: Number of token ids; the default is 256 bytes and 6 special tokens, padded to a multiple of 8.
+        num_key_value_heads: Key/value heads shared by groups of query heads; `None` means one each.
+        head_dim: Size of a head; `None` means `hidden_size // num_attention_heads`.
+        intermediate_size: Width of the feed-forward layer; `None` means `4 * hidden_size`.
+        hidden_act: A fused activation. `gelu_new` is refused: `gelu_pytorch_tanh` is the same function in one kernel.
+        is_causal: `True` for a decoder that never looks ahead, `False` for a bidirectional encoder.
+        position_embedding_type: `rotary`, `learned` (a table of `max_position_embeddings` rows) or `sinusoidal`.
+        resweight_init: Initial residual weight. 0 is the paper; `1 / sqrt(2 * num_hidden_layers)` measured slightly
+            better in short runs.
+        resweight_sharing: One weight per `layer` (the paper) or one per `sublayer`.
+        final_norm: A norm before the head; `None` means only where the branches read normed input (`pre`).
+        embedding_std: Standard deviation of the embedding output. Without norms it sets the scale of the whole
+            residual stream and must be of order 1.
+        initializer_range: Standard deviation of the language-model head, and of the shared table when
+            `tie_word_embeddings` (which is then multiplied up to `embedding_std` on the way in).
+        config_version: Format of this file; a newer one than the code knows is refused.
+
+    Raises:
+        ValueError: A value is not one of its choices, or the sizes do not divide.
+
+    Example:
+        >>> from hf_rezero import ReZeroConfig
+        >>> ReZeroConfig(hidden_size=64, num_attention_heads=4).head_dim
+        16
+    """
+
+    model_type = "rezero"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 264
+    hidden_size: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu_pytorch_tanh"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    is_causal: bool = True
+    add_cross_attention: bool = False
+    position_embedding_type: str = "rotary"
+    max_position_embeddings: int = 2048
+    rope_parameters: dict | None = None
+    resweight_init: float | int = 0.0
+    resweight_trainable: bool = True
+    resweight_sharing: str = "layer"
+    skip_connection: bool = True
+    norm_position: str = "none"
+    norm_type: str = "layernorm"
+    norm_eps: float = 1e-5
+    final_norm: bool | None = None
+    embedding_std: float | int = 1.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = 256
+    eos_token_id: int | list[int] | None = 257
+    sep_token_id: int | None = 258
+    pad_token_id: int | None = 259
+    config_version: int = CONFIG_VERSION
+
+    def __post_init__(self, **kwargs):
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} does not divide into num_attention_heads="
+                    f"{self.num_attention_heads} heads: choose a divisor, or give head_dim."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.final_norm is None:
+            self.final_norm = self.norm_position == "pre"
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Refuse values that no model can be built from, each with one message that says what to do."""
+        if self.config_version > CONFIG_VERSION:
+            raise ValueError(
+                f"config_version={self.config_version} was written by a newer hf_rezero, this one reads up to "
+                f"{CONFIG_VERSION}: upgrade hf_rezero."
+            )
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
+        for layer in self.per_layer_config:
+            _validate_heads(layer)
+
+
+def _validate_heads(layer):
+    heads, kv_heads, head_dim = layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}: "
+            f"every key/value head serves the same number of query heads."
+        )
+    if layer.position_embedding_type == "rotary" and head_dim % 2:
+        raise ValueError(
+            f"head_dim={head_dim} is odd: rotary positions turn pairs of features, use an even head_dim "
+            f"or position_embedding_type='learned'."
+        )
+
+
+__all__ = ["ReZeroConfig"]

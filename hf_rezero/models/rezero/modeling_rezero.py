@@ -1,0 +1,687 @@
+"""ReZero text models: x <- x + resweight * F(x) (Bachlechner et al. 2020, arXiv:2003.04887).
+
+Shapes: B batch, T query length, S key length, D `hidden_size`, H `num_attention_heads`, K `num_key_value_heads`,
+E `head_dim`, V `vocab_size`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+    MaskedLMOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_rezero import ReZeroConfig
+
+
+class ReZeroResidual(nn.Module):
+    """The residual connection of the paper, x + resweight * F(x), or resweight * F(x) without `skip_connection`.
+
+    `resweight` has shape (1,) and stays fp32: in bf16 an update of 2e-4 to a weight of 0.12 is lost.
+    """
+
+    def __init__(self, config: ReZeroConfig):
+        super().__init__()
+        self.skip_connection = config.skip_connection
+        self.resweight = nn.Parameter(torch.zeros(1), requires_grad=config.resweight_trainable)
+
+    def forward(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        resweight = self.resweight.to(hidden_states.dtype)
+        if not self.skip_connection:
+            return resweight * branch
+        return torch.addcmul(hidden_states, resweight, branch.to(hidden_states.dtype))
+
+
+class ReZeroDyT(nn.Module):
+    """Dynamic tanh, weight * tanh(alpha x) + bias (Zhu et al. 2025, arXiv:2503.10622): a norm without statistics."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.weight * torch.tanh(self.alpha * hidden_states) + self.bias
+
+
+def _make_norm(config: ReZeroConfig) -> nn.Module:
+    if config.norm_type == "dyt":
+        return ReZeroDyT(config.hidden_size)
+    norm_class = nn.LayerNorm if config.norm_type == "layernorm" else nn.RMSNorm
+    return norm_class(config.hidden_size, eps=config.norm_eps)
+
+
+class ReZeroTokenEmbedding(nn.Embedding):
+    """A token table whose rows are multiplied by `scale` on the way in, so that a tied head can be small."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, scale: float = 1.0):
+        super().__init__(num_embeddings, embedding_dim)
+        self.scale = scale
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        embeds = super().forward(input_ids)
+        return embeds if self.scale == 1.0 else embeds * self.scale
+
+
+class ReZeroSinusoidalPositions(nn.Module):
+    """The fixed position code of Vaswani et al. 2017, section 3.5, for any length."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.hidden_size = hidden_size
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        exponent = torch.arange(0, self.hidden_size, 2, device=position_ids.device) / self.hidden_size
+        angles = position_ids[..., None].float() * 10_000.0**-exponent
+        code = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+        return code[..., : self.hidden_size]
+
+
+class ReZeroRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary positions (Su et al. 2021, arXiv:2104.09864), (B, T, E) each."""
+
+    def __init__(self, config: ReZeroConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        compute = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inv_freq, self.attention_scaling = compute(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: ReZeroConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies theta^(-2i/E), and the factor 1 for cosines and sines."""
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
+        return config.rope_parameters["rope_theta"] ** -exponent, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """(a, b) -> (-b, a) on the two halves of the last dimension."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
+
+
+def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the feature pairs of x (B, H, T, E) by the angles of their positions."""
+    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
+    return x * cos + rotate_half(x) * sin
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scaling * q k^T + mask) v; returns (B, T, H, E) and the weights (B, H, T, S)."""
+    if module.num_key_value_groups > 1:
+        key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+        value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    # the kernel sums in fp32 whatever it returns; asking for fp32 weights doubles the time of attention in bf16 on a CPU
+    weights = nn.functional.softmax(scores, dim=-1).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class ReZeroAttention(nn.Module):
+    """Multi-head attention on the tokens themselves."""
+
+    def __init__(self, config: ReZeroConfig, layer_idx: int, is_causal: bool):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = is_causal
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, H * E) -> (B, H, T, E); H is inferred, so that tensor parallelism can hold a part of the heads."""
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the chosen attention implementation and project its heads back to the residual stream."""
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        output, weights = attention_interface(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(output.flatten(2)), weights
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query = self.split_heads(self.q_proj(hidden_states))
+        key = self.split_heads(self.k_proj(hidden_states))
+        value = self.split_heads(self.v_proj(hidden_states))
+        if position_embeddings is not None:
+            query, key = (apply_rotary_pos_emb(x, *position_embeddings) for x in (query, key))
+        if past_key_values is not None:
+            if isinstance(past_key_values, EncoderDecoderCache):
+                past_key_values = past_key_values.self_attention_cache
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        return self.attend(query, key, value, attention_mask, **kwargs)
+
+
+class ReZeroCrossAttention(ReZeroAttention):
+    """Multi-head attention on the output of an encoder, whose keys and values are computed once per generation."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query = self.split_heads(self.q_proj(hidden_states))
+        cache = past_key_values if isinstance(past_key_values, EncoderDecoderCache) else None
+        if cache is not None and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            key, value = layer.keys, layer.values
+        else:
+            key = self.split_heads(self.k_proj(encoder_hidden_states))
+            value = self.split_heads(self.v_proj(encoder_hidden_states))
+            if cache is not None:
+                key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
+                cache.is_updated[self.layer_idx] = True
+        kwargs["is_causal"] = False
+        return self.attend(query, key, value, encoder_attention_mask, **kwargs)
+
+
+class ReZeroMLP(nn.Module):
+    """down_proj(act(up_proj(x)))."""
+
+    def __init__(self, config: ReZeroConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class ReZeroLayer(GradientCheckpointingLayer):
+    """x <- x + resweight * SelfAttention(x); x <- x + resweight * MLP(x), with cross-attention between when asked for."""
+
+    def __init__(self, config: ReZeroConfig, layer_idx: int):
+        super().__init__()
+        self.norm_position = config.norm_position
+        self.dropout = config.hidden_dropout
+        self.self_attn = ReZeroAttention(config, layer_idx, is_causal=config.is_causal)
+        if config.add_cross_attention:
+            self.cross_attn = ReZeroCrossAttention(config, layer_idx, is_causal=False)
+        self.mlp = ReZeroMLP(config)
+        sublayers = [name for name, _ in self.named_children()]
+        self.shared = config.resweight_sharing == "layer"
+        self.residuals = nn.ModuleDict(
+            {name: ReZeroResidual(config) for name in (["layer"] if self.shared else sublayers)}
+        )
+        if config.norm_position != "none":
+            self.norms = nn.ModuleDict({name: _make_norm(config) for name in sublayers})
+
+    def connect(self, name: str, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """One row of Table 1: none x + w F(x), pre x + w F(N(x)), post N(x + w F(x)), branch x + w N(F(x))."""
+        norm = self.norms[name] if self.norm_position != "none" else None
+        branch = getattr(self, name)(norm(hidden_states) if self.norm_position == "pre" else hidden_states, **kwargs)
+        if isinstance(branch, tuple):
+            branch = branch[0]
+        if self.norm_position == "branch":
+            branch = norm(branch)
+        if self.dropout:
+            branch = nn.functional.dropout(branch, self.dropout, self.training)
+        hidden_states = self.residuals["layer" if self.shared else name](hidden_states, branch)
+        return norm(hidden_states) if self.norm_position == "post" else hidden_states
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        hidden_states = self.connect(
+            "self_attn",
+            hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        if encoder_hidden_states is not None:
+            hidden_states = self.connect(
+                "cross_attn",
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return self.connect("mlp", hidden_states)
+
+
+class ReZeroPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, and what transformers may assume of every ReZero text model."""
+
+    config: ReZeroConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ReZeroLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["resweight"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": ReZeroLayer,
+        "attentions": OutputRecorder(ReZeroAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(ReZeroCrossAttention, index=1, layer_name="cross_attn"),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Fill the leaf module with its initial values.
+
+        | tensor                         | initial value                                                  |
+        |--------------------------------|----------------------------------------------------------------|
+        | `resweight`                    | `resweight_init`                                               |
+        | token table                    | N(0, embedding_std), or N(0, initializer_range) when tied      |
+        | learned position table         | N(0, embedding_std / 2)                                        |
+        | language-model head            | N(0, initializer_range)                                        |
+        | other weights, fan_in inputs   | N(0, 1 / sqrt(fan_in)), so that F(x) is of the order of x      |
+        | norm weights; DyT alpha        | 1; 0.5                                                         |
+        | all biases                     | 0                                                              |
+
+        The second argument of N is the standard deviation.
+        """
+        config = self.config
+        if isinstance(module, ReZeroResidual):
+            init.constant_(module.resweight, config.resweight_init)
+        elif isinstance(module, ReZeroTokenEmbedding):
+            init.normal_(module.weight, std=config.embedding_std / module.scale)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=config.embedding_std / 2)
+        elif isinstance(module, nn.Linear):
+            is_head = module is self.get_output_embeddings()
+            init.normal_(module.weight, std=config.initializer_range if is_head else module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, ReZeroDyT):
+            init.constant_(module.alpha, 0.5)
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+
+class ReZeroModel(ReZeroPreTrainedModel):
+    """The residual stream: embedding, `num_hidden_layers` layers, and no norm unless asked for.
+
+    `config.is_causal` makes it a decoder with a key/value cache or a bidirectional encoder; `add_cross_attention`
+    lets it read `encoder_hidden_states` (B, S, D), as `EncoderDecoderModel` needs.
+
+    Raises:
+        ValueError: Not exactly one of `input_ids` and `inputs_embeds`; more positions than a learned position table
+            has; `encoder_hidden_states` without `add_cross_attention`.
+
+    Example:
+        >>> import torch
+        >>> from hf_rezero import ReZeroConfig, ReZeroModel
+        >>> model = ReZeroModel(ReZeroConfig(hidden_size=32, num_hidden_layers=128, num_attention_heads=2))
+        >>> ids = torch.arange(8)[None]
+        >>> torch.equal(model(ids).last_hidden_state, model.embed_tokens(ids))
+        True
+    """
+
+    def __init__(self, config: ReZeroConfig):
+        super().__init__(config)
+        scale = config.embedding_std / config.initializer_range if config.tie_word_embeddings else 1.0
+        self.embed_tokens = ReZeroTokenEmbedding(config.vocab_size, config.hidden_size, scale)
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        elif config.position_embedding_type == "sinusoidal":
+            self.embed_positions = ReZeroSinusoidalPositions(config.hidden_size)
+        else:
+            self.rotary_emb = ReZeroRotaryEmbedding(config)
+        per_layer = config.per_layer_config
+        self.layers = nn.ModuleList(ReZeroLayer(per_layer[i], i) for i in range(config.num_hidden_layers))
+        self.norm = _make_norm(config) if config.final_norm else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of `input_ids` and `inputs_embeds`.")
+        if encoder_hidden_states is not None and not self.config.add_cross_attention:
+            raise ValueError("`encoder_hidden_states` came, but this model was built without `add_cross_attention`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None and self.config.is_causal:
+            past_key_values = self._make_cache(encoder_hidden_states)
+        attention_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if encoder_hidden_states is not None:
+            encoder_attention_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=encoder_attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+            )
+        hidden_states, position_embeddings = self._add_positions(inputs_embeds, position_ids, past_key_values)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+    def _make_cache(self, encoder_hidden_states: torch.Tensor | None) -> Cache:
+        cache = DynamicCache(config=self.config)
+        if encoder_hidden_states is None:
+            return cache
+        return EncoderDecoderCache(cache, DynamicCache(config=self.config))
+
+    def _add_positions(self, inputs_embeds, position_ids, past_key_values):
+        """Add the position code to the embedding (B, T, D), or return the cosines and sines that attention applies."""
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        length = inputs_embeds.shape[1]
+        if position_ids is None:
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
+        position_embeddings = None
+        if self.config.position_embedding_type == "rotary":
+            position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        else:
+            self._check_positions(past, length)
+            inputs_embeds = inputs_embeds + self.embed_positions(position_ids).to(inputs_embeds.dtype)
+        dropout = self.config.hidden_dropout if self.training else 0.0
+        return nn.functional.dropout(inputs_embeds, dropout, self.training), position_embeddings
+
+    def _check_positions(self, past: int | torch.Tensor, length: int):
+        rows = self.config.max_position_embeddings
+        is_learned = self.config.position_embedding_type == "learned"
+        # a static cache counts on the device: reading that count would stop a compiled graph
+        if is_learned and isinstance(past, int) and past + length > rows:
+            raise ValueError(
+                f"{past + length} positions came, but the learned position table has max_position_embeddings={rows}: "
+                f"shorten the input, or train with a larger table or with position_embedding_type='rotary'."
+            )
+
+
+class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):
+    """Next-token prediction; `labels` (B, T) are the `input_ids`, shifted inside, -100 where no loss is wanted.
+
+    Example:
+        >>> import torch
+        >>> from hf_rezero import ReZeroConfig, ReZeroForCausalLM
+        >>> model = ReZeroForCausalLM(ReZeroConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        >>> ids = torch.tensor([list(b"hello")])
+        >>> model(ids, labels=ids).logits.shape
+        torch.Size([1, 5, 264])
+        >>> model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None).shape
+        torch.Size([1, 8])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: ReZeroConfig):
+        super().__init__(config)
+        self.model = ReZeroModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithCrossAttentions:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = self.loss_function(logits, labels, self.vocab_size, **kwargs) if labels is not None else None
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+
+class ReZeroForMaskedLM(ReZeroPreTrainedModel):
+    """Prediction of masked tokens by a bidirectional encoder; `labels` (B, T) are -100 where nothing was masked.
+
+    Raises:
+        ValueError: `config.is_causal` is True.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: ReZeroConfig):
+        super().__init__(config)
+        if config.is_causal:
+            raise ValueError("masked language modelling reads both sides: build the config with is_causal=False.")
+        self.model = ReZeroModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = self.loss_function(logits, labels, self.vocab_size, **kwargs) if labels is not None else None
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class ReZeroForSequenceClassification(ReZeroPreTrainedModel):
+    """One label per text, from the last token of a decoder or the mean over the tokens of an encoder.
+
+    Padding is what `attention_mask` (B, T) says, or else the `pad_token_id`s of `input_ids`.
+    """
+
+    # its loss is a mean over the batch and not over `num_items_in_batch`: let the Trainer divide by the accumulation
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: ReZeroConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = ReZeroModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        pooled = self._pool(outputs.last_hidden_state, input_ids, attention_mask)
+        logits = self.score(pooled)
+        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _pool(self, hidden_states, input_ids, attention_mask) -> torch.Tensor:
+        """(B, T, D) -> (B, D)."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(hidden_states[..., 0])
+            if input_ids is not None and self.config.pad_token_id is not None:
+                attention_mask = input_ids.ne(self.config.pad_token_id)
+        if not self.config.is_causal:
+            mask = attention_mask.to(hidden_states.dtype).unsqueeze(-1)
+            return (hidden_states * mask).sum(1) / mask.sum(1).clamp(min=1)
+        last = (attention_mask.long() * torch.arange(attention_mask.shape[1], device=attention_mask.device)).argmax(1)
+        return hidden_states[torch.arange(len(last), device=last.device), last]
+
+
+class ReZeroForTokenClassification(ReZeroPreTrainedModel):
+    """One label per token; `labels` (B, T) are -100 where no loss is wanted."""
+
+    def __init__(self, config: ReZeroConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = ReZeroModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.score(outputs.last_hidden_state)
+        loss = self.loss_function(logits, labels, self.config, **kwargs) if labels is not None else None
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "ReZeroForCausalLM",
+    "ReZeroForMaskedLM",
+    "ReZeroForSequenceClassification",
+    "ReZeroForTokenClassification",
+    "ReZeroModel",
+    "ReZeroPreTrainedModel",
+]

@@ -1,0 +1,218 @@
+"""Glue between the parts of this library and the `Trainer` of transformers."""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from .diagnostics import resweight_profile
+from .optim import decays, is_resweight
+
+
+@dataclass
+class ReZeroTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with a learning rate for the residual weights, and defaults that suit these models.
+
+    `bpb` as `metric_for_best_model` is better when lower. `ddp_find_unused_parameters` is False, because every
+    parameter takes part in every step.
+    """
+
+    resweight_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the residual weights, scheduled like the other; default: --learning_rate."},
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without gradient in every distributed step."}
+    )
+
+    def __post_init__(self):
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("bpb"):
+            self.greater_is_better = False
+        super().__post_init__()
+
+
+class ReZeroTrainer(Trainer):
+    """The `Trainer`, with right parameter groups, exact bits per byte, and the residual weights in its logs.
+
+    - Weight decay applies to tensors with two or more dimensions, so never to residual weights, norms and biases.
+    - Every evaluation of a causal language model gains `{prefix}_bpb`: the summed negative log-likelihood over
+      ln 2 and over the number of predicted tokens. With one token per byte that is bits per byte. It is summed by
+      sample, so it is exact for any batch size and number of processes, and no logits are kept.
+    - Label smoothing shifts the labels of every causal language model, not only of those that transformers lists.
+    - Training logs gain `resweight_mean_abs` and `resweight_max_abs`.
+    - A data set with `set_epoch` hears of each new epoch, also when its loader is sharded over processes.
+    - `train(resume_from_checkpoint=True)` resumes from the last checkpoint that was written to its end.
+
+    Raises:
+        ValueError: `resweight_learning_rate` for a model without `resweight`; a damaged checkpoint; nothing to
+            resume from.
+
+    Example:
+        >>> from hf_rezero import ReZeroConfig, ReZeroForCausalLM, ReZeroTrainer, ReZeroTrainingArguments
+        >>> from hf_rezero.data import ByteDataset, collate_bytes
+        >>> import numpy as np
+        >>> model = ReZeroForCausalLM(ReZeroConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2))
+        >>> args = ReZeroTrainingArguments("outputs/doctest", max_steps=1, save_strategy="no", disable_tqdm=True)
+        >>> data = ByteDataset(np.frombuffer(b"to be or not to be " * 9, dtype=np.uint8), block_size=16)
+        >>> trainer = ReZeroTrainer(model, args, train_dataset=data, data_collator=collate_bytes)
+        >>> trainer.create_optimizer().param_groups[0]["weight_decay"]
+        0.0
+    """
+
+    def __init__(self, model=None, *args, **kwargs):
+        # the Trainer switches the cache off for training, and would write that into every config.json
+        self._saved_use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        super().__init__(model, *args, **kwargs)
+        self._is_causal_lm = getattr(self.accelerator.unwrap_model(self.model), "loss_type", None) == "ForCausalLM"
+        self._nll, self._predicted = 0.0, 0
+        if self.label_smoother is not None and self._is_causal_lm:
+            self.label_smoother = partial(self.label_smoother, shift_labels=True)
+        self.add_callback(_TellEpoch)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Decide weight decay by shape, where the Trainer decides by name and would decay `resweight`."""
+        return [name for name, parameter in model.named_parameters() if decays(parameter)]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer of the arguments, with a group of its own for residual weights that have their own rate."""
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            if self.args.resweight_learning_rate is not None:
+                _give_resweights(self.optimizer, model or self.model, self.args.resweight_learning_rate)
+        return self.optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train, after a look at the checkpoint to resume from; `True` means the last complete one."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            check_safetensors(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint or None, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Predict one batch, adding its log-likelihood to the sums that give bits per byte."""
+        if not self._is_causal_lm or inputs.get("labels") is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        nll, predicted = token_nll(logits[0] if isinstance(logits, tuple) else logits, labels)
+        nll, predicted = self.accelerator.gather_for_metrics((nll, predicted))
+        self._nll += nll.sum(dtype=torch.float64).item()
+        self._predicted += int(predicted.sum())
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """Evaluate; a causal language model gains `{metric_key_prefix}_bpb`."""
+        self._nll, self._predicted = 0.0, 0
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._predicted:
+            output.metrics[f"{metric_key_prefix}_bpb"] = self._nll / self._predicted / math.log(2)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the size of the residual weights beside every training loss."""
+        profile = resweight_profile(self.accelerator.unwrap_model(self.model)) if "loss" in logs else {}
+        if profile:
+            sizes = [abs(value) for value in profile.values()]
+            logs |= {"resweight_mean_abs": sum(sizes) / len(sizes), "resweight_max_abs": max(sizes)}
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model with the `use_cache` it came with."""
+        if self._saved_use_cache is None:
+            return super().save_model(output_dir, _internal_call)
+        self.model.config.use_cache = self._saved_use_cache
+        super().save_model(output_dir, _internal_call)
+        self.model.config.use_cache = self.args.use_cache
+
+
+class _TellEpoch(TrainerCallback):
+    """accelerate tells a data set its epoch only when the sampler, wrapped once more on several processes, does not listen."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        dataset = getattr(train_dataloader, "dataset", None)
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(math.floor(state.epoch + 1e-6))
+
+
+def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed negative log-likelihood in nats and number of predicted tokens of each sequence.
+
+    Args:
+        logits: (B, T, V); position t predicts label t + 1.
+        labels: (B, T), -100 where nothing is to be predicted.
+
+    Returns:
+        Two tensors of shape (B,): float32 nats, int64 counts.
+    """
+    targets = labels[:, 1:]
+    nll = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+    return nll.sum(1), targets.ne(-100).sum(1)
+
+
+def last_checkpoint(output_dir: str | os.PathLike) -> str:
+    """The newest checkpoint below `output_dir` that was written to its end.
+
+    Raises:
+        ValueError: There is none.
+    """
+
+    def step(folder: Path) -> int:
+        return int(folder.name.rpartition("-")[2])
+
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdecimal()]
+    for folder in sorted(folders, key=step, reverse=True):
+        if _is_complete(folder):
+            return str(folder)
+    raise ValueError(
+        f"{output_dir} holds {len(folders)} checkpoints and none of them is complete: nothing to resume from. "
+        f"Start without --resume_from_checkpoint, or name a checkpoint folder."
+    )
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """The Trainer writes `trainer_state.json` after all other files."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
+
+
+def check_safetensors(folder: str | os.PathLike) -> None:
+    """Refuse a folder whose weight files are cut short.
+
+    Raises:
+        ValueError: The folder is missing, or names the damaged file.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is not a folder: name a checkpoint folder that `save_pretrained` or training wrote.")
+    for path in Path(folder).glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                tensors.keys()
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} holds {path.stat().st_size} bytes and is damaged or cut short ({error}): "
+                f"copy or download it again, or use an earlier checkpoint."
+            ) from None
+
+
+def _give_resweights(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float) -> None:
+    """Move the residual weights out of the optimizer's groups into one with its own learning rate and no decay."""
+    resweights = [p for name, p in model.named_parameters() if is_resweight(name) and p.requires_grad]
+    if not resweights:
+        raise ValueError(
+            f"resweight_learning_rate={learning_rate} came, but {type(model).__name__} has no trainable `resweight`: "
+            f"leave the argument out."
+        )
+    moved = {id(p) for p in resweights}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in moved]
+    optimizer.add_param_group({"params": resweights, "lr": learning_rate, "weight_decay": 0.0})

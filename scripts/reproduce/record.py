@@ -1,0 +1,44 @@
+"""Result files: what was run, on what, and the figures, written to a temporary name and moved into place."""
+
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parent / "figures"
+
+
+def provenance() -> dict:
+    """The command, the commit, the versions and the hardware of this run."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [line.partition(":")[2].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": git.stdout.strip(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "transformers")},
+        "hardware": {"cpu": models[0] if models else platform.processor(), "cores": len(models)},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` as JSON; a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict:
+    """The content of a result file, empty if it does not exist yet."""
+    return json.loads(path.read_text()) if path.exists() else {}

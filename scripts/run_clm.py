@@ -1,0 +1,151 @@
+"""Train or evaluate a causal language model on raw bytes.
+
+    python scripts/run_clm.py scripts/configs/quickstart.yaml
+    python scripts/run_clm.py --train_file text.xz --config_overrides num_hidden_layers=64,hidden_size=256 \
+        --output_dir outputs/mine --do_train --do_eval --do_predict --max_steps 1000 --learning_rate 2e-3
+
+The first argument may be a YAML or JSON file of arguments; the command line wins over it. Runs on one process, or on
+several through `torchrun` or `accelerate launch`. Beside the checkpoint a finished run leaves `all_results.json`,
+`training.png` and `resweights.png`.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.data import Subset
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+from hf_rezero import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer, load_corpus
+from hf_rezero.cli import build_config, check_output_dir, evaluate_and_save, parse_arguments, train_and_save
+from hf_rezero.data import ByteDataset, collate_bytes, evaluation_windows
+
+
+@dataclass
+class ModelArguments:
+    """The model to train."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to go on from."})
+    model_type: str = field(default="rezero", metadata={"help": "Architecture of a new model: rezero, gpt2, llama ..."})
+    config_name: str | None = field(default=None, metadata={"help": "Folder or Hub name of a config for a new model."})
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Config of a new model: name=value,name=value. Derived fields follow."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flex_attention ...; eager is the fastest for bf16 on a CPU."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Type of the loaded weights; --bf16 keeps fp32 weights."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and unpacked corpora are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Revision of the Hub repository."})
+    token: str | None = field(default=None, metadata={"help": "Hub token; default: the stored one."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run modelling code of the Hub repository."})
+
+
+@dataclass
+class DataArguments:
+    """The bytes to train on."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "python-stdlib, enwik8, or a `datasets` name with a text column."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    train_file: str | None = field(default=None, metadata={"help": "Any file, read as bytes; .xz .gz .bz2 .zip too."})
+    validation_file: str | None = field(default=None, metadata={"help": "Default: cut from the training file."})
+    test_file: str | None = field(default=None, metadata={"help": "Default: cut from the training file."})
+    validation_split_percentage: float = field(default=5, metadata={"help": "Part cut off for validation."})
+    test_split_percentage: float = field(default=5, metadata={"help": "Part cut off, at the end, for testing."})
+    block_size: int = field(default=512, metadata={"help": "Bytes of a training or evaluation window."})
+    eval_stride: int | None = field(
+        default=None,
+        metadata={"help": "Step between evaluation windows; every byte is scored once. Default: half a window."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use so many training windows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many evaluation windows."})
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run what the arguments ask for and return the metrics."""
+    model_args, data_args, training_args = parse_arguments(
+        (ModelArguments, DataArguments, ReZeroTrainingArguments), __doc__.splitlines()[0], argv
+    )
+    checkpoint = check_output_dir(training_args)
+    set_seed(training_args.seed)
+    with training_args.main_process_first(desc="reading the corpus"):
+        train, validation, test = load_bytes(data_args, model_args.cache_dir)
+    model = load_model(model_args, data_args.block_size)
+    block_size, stride = data_args.block_size, data_args.eval_stride
+    trainer = ReZeroTrainer(
+        model,
+        training_args,
+        data_collator=collate_bytes,
+        train_dataset=first(ByteDataset(train, block_size), data_args.max_train_samples)
+        if training_args.do_train
+        else None,
+        eval_dataset=first(evaluation_windows(validation, block_size, stride), data_args.max_eval_samples)
+        if training_args.do_eval or training_args.eval_strategy != "no"
+        else None,
+        processing_class=byte_tokenizer(model_max_length=block_size),
+    )
+    metrics = {}
+    if training_args.do_train:
+        train_and_save(trainer, checkpoint)
+    if training_args.do_eval:
+        metrics |= evaluate_and_save(trainer, trainer.eval_dataset, "eval")
+    if training_args.do_predict:
+        windows = first(evaluation_windows(test, block_size, stride), data_args.max_eval_samples)
+        metrics |= evaluate_and_save(trainer, windows, "test")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(tasks="text-generation", dataset=data_args.dataset_name or data_args.train_file)
+    return metrics
+
+
+def first(dataset: ByteDataset, count: int | None):
+    """The first `count` windows, or all."""
+    return dataset if count is None else Subset(dataset, range(min(count, len(dataset))))
+
+
+def load_bytes(args: DataArguments, cache_dir: str | None):
+    """The three parts of the corpus; a part with a file of its own is not cut from the training file."""
+    if (args.dataset_name is None) == (args.train_file is None):
+        raise ValueError("give exactly one of --dataset_name and --train_file.")
+    if args.train_file is None:
+        corpus = load_corpus(args.dataset_name, config_name=args.dataset_config_name, cache_dir=cache_dir)
+        return corpus.train, corpus.validation, corpus.test
+    validation = 0 if args.validation_file else args.validation_split_percentage / 100
+    test = 0 if args.test_file else args.test_split_percentage / 100
+    corpus = load_corpus(args.train_file, split=(1 - validation - test, validation, test), cache_dir=cache_dir)
+    parts = [corpus.train, corpus.validation, corpus.test]
+    for index, file in ((1, args.validation_file), (2, args.test_file)):
+        if file:
+            parts[index] = load_corpus(file, split=(1, 0, 0), cache_dir=cache_dir).train
+    return parts
+
+
+def load_model(args: ModelArguments, block_size: int):
+    """A checkpoint, or a new model of the given shape."""
+    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
+    hub |= {"trust_remote_code": args.trust_remote_code}
+    options = {"attn_implementation": args.attn_implementation, "dtype": getattr(torch, args.dtype)}
+    if args.config_overrides and (args.config_name or args.model_name_or_path):
+        raise ValueError("--config_overrides shapes a new model: leave out --config_name and --model_name_or_path.")
+    if args.model_name_or_path:
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **hub, **options)
+    else:
+        config = (
+            AutoConfig.from_pretrained(args.config_name, **hub)
+            if args.config_name
+            else build_config(args.model_type, args.config_overrides, vocab_size=264)
+        )
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code, **options)
+    config = model.config
+    if config.vocab_size < 256:
+        raise ValueError(f"the model knows {config.vocab_size} tokens, bytes need 256: it was not trained on bytes.")
+    if getattr(config, "position_embedding_type", None) == "learned" and block_size > config.max_position_embeddings:
+        raise ValueError(
+            f"block_size={block_size} is longer than the position table, max_position_embeddings="
+            f"{config.max_position_embeddings}: use a smaller --block_size or a larger table."
+        )
+    return model
+
+
+if __name__ == "__main__":
+    main()
