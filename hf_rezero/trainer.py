@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from .diagnostics import resweight_profile
 from .optim import decays, is_resweight
@@ -94,7 +95,22 @@ class ReZeroTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
             check_safetensors(resume_from_checkpoint)
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, "trainer_state.json")))
+            if self._has_finished(state):
+                return self._take_up(resume_from_checkpoint, state)
         return super().train(resume_from_checkpoint or None, **kwargs)
+
+    def _has_finished(self, state: TrainerState) -> bool:
+        if self.args.max_steps > 0:
+            return state.global_step >= self.args.max_steps
+        return state.num_train_epochs == self.args.num_train_epochs and state.global_step >= state.max_steps
+
+    def _take_up(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        """Load a finished run: `Trainer.train` would take one step more than it was asked for."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {})
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Predict one batch, adding its log-likelihood to the sums that give bits per byte."""

@@ -279,6 +279,23 @@ def test_no_wrong_fast_path(nested, activation):
     torch.testing.assert_close(encoder(valid, src_key_padding_mask=PADDING)[~PADDING], expected[~PADDING])
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_attention_is_fused_and_knows_that_it_is_causal(layer, monkeypatch):
+    """Only the choice of the kernel, no value, depends on need_weights and is_causal."""
+    calls = []
+    fused = F.scaled_dot_product_attention
+
+    def spy(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False):
+        calls.append((attn_mask is None, is_causal))
+        return fused(query, key, value, attn_mask, dropout_p, is_causal)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    encoder = layer is RZTXEncoderLayer
+    hint = {"src_mask": CAUSAL, "is_causal": True} if encoder else {"tgt_mask": CAUSAL_TGT, "tgt_is_causal": True}
+    make(layer)(*inputs_of(layer), **hint)
+    assert calls == ([(True, True)] if encoder else [(True, True), (True, False)])
+
+
 # Layout, devices, types, copies
 
 
