@@ -37,7 +37,9 @@ def _read_config_file(path: Path, known: set[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: name a YAML or JSON file of arguments first, or none.")
     # argparse converts text by the type of the argument, which YAML does not know: 1e-3 is a string to it
-    values = {key: v if isinstance(v, bool) else _text(v) for key, v in (yaml.safe_load(path.read_text()) or {}).items()}
+    values = {
+        key: v if isinstance(v, bool) else _text(v) for key, v in (yaml.safe_load(path.read_text()) or {}).items()
+    }
     unknown = sorted(values.keys() - known)
     if unknown:
         raise ValueError(f"{path} has unknown arguments {', '.join(unknown)}: see --help for the names.")

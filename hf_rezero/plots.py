@@ -34,7 +34,8 @@ def plot_training(log_history: list[dict], path: str | os.PathLike) -> None:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     axes.set(xlabel="optimizer step", ylabel="bits per byte" if has_bpb else "loss (nats)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     save_figure(figure, path)
 
 

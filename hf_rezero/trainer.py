@@ -27,7 +27,9 @@ class ReZeroTrainingArguments(TrainingArguments):
 
     resweight_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of the residual weights, scheduled like the other; default: --learning_rate."},
+        metadata={
+            "help": "Learning rate of the residual weights, scheduled like the other; default: --learning_rate."
+        },
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Look for parameters without gradient in every distributed step."}
@@ -71,7 +73,7 @@ class ReZeroTrainer(Trainer):
         # the Trainer switches the cache off for training, and would write that into every config.json
         self._saved_use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model, *args, **kwargs)
-        self._is_causal_lm = getattr(self.accelerator.unwrap_model(self.model), "loss_type", None) == "ForCausalLM"
+        self._is_causal_lm = _is_causal_lm(self.accelerator.unwrap_model(self.model))
         self._nll, self._predicted = 0.0, 0
         if self.label_smoother is not None and self._is_causal_lm:
             self.label_smoother = partial(self.label_smoother, shift_labels=True)
@@ -148,6 +150,11 @@ class ReZeroTrainer(Trainer):
         self.model.config.use_cache = self.args.use_cache
 
 
+def _is_causal_lm(model: nn.Module) -> bool:
+    generates = hasattr(model, "can_generate") and model.can_generate()
+    return generates and not getattr(model.config, "is_encoder_decoder", False)
+
+
 class _TellEpoch(TrainerCallback):
     """accelerate tells a data set its epoch only when the sampler, wrapped once more on several processes, does not listen."""
 
@@ -208,7 +215,9 @@ def check_safetensors(folder: str | os.PathLike) -> None:
         ValueError: The folder is missing, or names the damaged file.
     """
     if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is not a folder: name a checkpoint folder that `save_pretrained` or training wrote.")
+        raise ValueError(
+            f"{folder} is not a folder: name a checkpoint folder that `save_pretrained` or training wrote."
+        )
     for path in Path(folder).glob("*.safetensors"):
         try:
             with safe_open(path, framework="pt") as tensors:

@@ -332,6 +332,24 @@ class ReZeroPreTrainedModel(PreTrainedModel):
         "cross_attentions": OutputRecorder(ReZeroCrossAttention, index=1, layer_name="cross_attn"),
     }
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load as every model of transformers does, with advice when a weight file is cut short.
+
+        Raises:
+            OSError: A weight file is damaged, or what `PreTrainedModel.from_pretrained` raises.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:
+            # by name, because a Hub file imports torch and transformers only
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise OSError(
+                f"a weight file of {pretrained_model_name_or_path} is damaged or cut short ({error}): "
+                f"copy or download it again, or use an earlier checkpoint."
+            ) from error
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """Fill the leaf module with its initial values.

@@ -1,0 +1,23 @@
+"""Start a script on several processes of this machine, joined by gloo."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def run_script(name, *arguments, processes=1, check=True):
+    """Run `scripts/name` in `processes` processes and return the finished process with its output."""
+    launcher = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command = [*launcher, str(SCRIPTS / name), *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=check, timeout=300)

@@ -1,0 +1,65 @@
+"""Who may import whom: DESIGN of the library, held by a scan of the sources."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_rezero
+
+
+PACKAGE = Path(hf_rezero.__file__).parent
+ALLOWED = {
+    "models/rezero/configuration_rezero.py": {"transformers"},
+    "models/rezero/modeling_rezero.py": {"torch", "transformers", "configuration_rezero"},
+    "layers.py": {"torch"},
+    "optim/param_groups.py": {"torch"},
+    "diagnostics.py": {"torch", "numpy", "optim"},
+    "plots.py": {"matplotlib"},
+    "data.py": {"torch", "numpy", "datasets"},
+    "tokenization.py": {"tokenizers", "transformers"},
+}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or ""]
+        else:
+            continue
+        yield from (m.split(".")[0] for m in modules if m.split(".")[0] not in sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("file", ALLOWED)
+def test_each_file_imports_only_what_it_may(file):
+    assert set(imported(PACKAGE / file)) <= ALLOWED[file]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE.parent / "scripts").glob("*.py")), ids=lambda p: p.name)
+def test_scripts_use_no_private_name(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_rezero"):
+            assert not [alias.name for alias in node.names if alias.name.startswith("_")]
+
+
+def test_public_names_are_pinned():
+    assert hf_rezero.__all__ == [
+        "RZTXDecoderLayer",
+        "RZTXEncoderLayer",
+        "ReZero",
+        "ReZeroConfig",
+        "ReZeroForCausalLM",
+        "ReZeroForMaskedLM",
+        "ReZeroForSequenceClassification",
+        "ReZeroForTokenClassification",
+        "ReZeroModel",
+        "ReZeroTrainer",
+        "ReZeroTrainingArguments",
+        "byte_tokenizer",
+        "load_corpus",
+        "param_groups",
+    ]
+    assert all(hasattr(hf_rezero, name) for name in hf_rezero.__all__)
