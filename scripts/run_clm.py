@@ -25,7 +25,9 @@ class ModelArguments:
     """The model to train."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to go on from."})
-    model_type: str = field(default="rezero", metadata={"help": "Architecture of a new model: rezero, gpt2, llama ..."})
+    model_type: str = field(
+        default="rezero", metadata={"help": "Architecture of a new model: rezero, gpt2, llama ..."}
+    )
     config_name: str | None = field(default=None, metadata={"help": "Folder or Hub name of a config for a new model."})
     config_overrides: str | None = field(
         default=None, metadata={"help": "Config of a new model: name=value,name=value. Derived fields follow."}

@@ -14,20 +14,15 @@ cache.
 """
 
 import argparse
-import json
 import os
-import platform
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
-import transformers
+from record import provenance, write_json
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from hf_rezero.data import ByteDataset, collate_bytes, load_corpus
@@ -97,20 +92,6 @@ def stdlib_text(path: Path, size: int) -> Path:
     return path
 
 
-def hardware() -> dict[str, str | int | None]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": models[0] if models else platform.processor(), "cores": os.cpu_count(), "threads_used": 1}
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", type=Path, help="raw or compressed file to read; by default a text is made")
@@ -125,6 +106,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure, print, and write the result file."""
     args = parse_args()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for every path
@@ -139,18 +121,13 @@ def main() -> None:
         print(f"{name:10} {medians[name]:8.1f} MB/s   (rounds: {min(values):.1f} ... {max(values):.1f})")
     if args.output:
         result = {
-            "command": shlex.join(["python", *sys.argv]),
+            **provenance(),
             "unit": "10^6 bytes of text per second, one core, median of the rounds",
             "bytes": size,
             "block_size": args.block_size,
             "batch_size": args.batch_size,
             "median": medians,
             "rounds": {name: [round(value, 1) for value in values] for name, values in speeds.items()},
-            "versions": {
-                "python": platform.python_version(),
-                **{module.__name__: module.__version__ for module in (torch, np, transformers, tokenizers)},
-            },
-            "hardware": hardware(),
         }
         write_json(args.output, result)
 

@@ -9,6 +9,7 @@ The claim is Bachlechner et al. 2020, sections 1 and 5: deep post-norm Transform
 
 import argparse
 import math
+from pathlib import Path
 from statistics import mean
 
 import numpy as np
@@ -29,20 +30,12 @@ ARMS = {
 }
 
 
-def train(arm: str, learning_rate: float, seed: int, args: argparse.Namespace) -> list[float]:
+def train(config: dict, learning_rate: float, seed: int, args: argparse.Namespace) -> list[float]:
     """Train one model and return the training loss of every step in bits per byte."""
     torch.manual_seed(seed)
-    config = ReZeroConfig(
-        hidden_size=args.hidden_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=2,
-        hidden_act="relu",
-        position_embedding_type="learned",
-        max_position_embeddings=args.block_size,
-        use_cache=False,
-        **ARMS[arm],
-    )
-    model = ReZeroForCausalLM(config)
+    shape = {"hidden_size": args.hidden_size, "num_hidden_layers": args.layers, "num_attention_heads": 2}
+    shape |= {"max_position_embeddings": args.block_size, "use_cache": False}
+    model = ReZeroForCausalLM(ReZeroConfig(**shape, **config))
     optimizer = torch.optim.AdamW(param_groups(model), lr=learning_rate, betas=(0.9, 0.95), fused=True)
     dataset = ByteDataset(args.corpus.train, args.block_size)
     order = np.random.default_rng(seed).permutation(len(dataset))
@@ -67,8 +60,9 @@ def final(curve: list[float], steps: int) -> float:
 
 def run_all(args: argparse.Namespace) -> dict:
     """Run what the result file does not hold yet."""
-    results = read_json(args.output) or {"settings": vars(args) | {"corpus": args.corpus.name}, "runs": {}}
-    results["settings"].pop("output", None)
+    results = read_json(args.output) or {"settings": vars(args) | {"corpus": Path(args.corpus.name).name}, "runs": {}}
+    for name in ("output", "train_file"):
+        results["settings"].pop(name, None)
     results["provenance"] = provenance()
     unigram = np.bincount(args.corpus.train, minlength=256) / len(args.corpus.train)
     results["unigram_bpb"] = float(-(unigram[unigram > 0] * np.log2(unigram[unigram > 0])).sum())
@@ -76,7 +70,7 @@ def run_all(args: argparse.Namespace) -> dict:
     def run(arm: str, learning_rate: float, seed: int) -> float:
         key = f"{arm} lr={learning_rate:g} seed={seed}"
         if key not in results["runs"]:
-            curve = train(arm, learning_rate, seed, args)
+            curve = train(ARMS[arm], learning_rate, seed, args)
             results["runs"][key] = {"final": final(curve, args.steps), "curve": [round(x, 4) for x in curve]}
             write_json(args.output, results)
             print(f"{key}: {results['runs'][key]['final']:.3f} bits per byte", flush=True)

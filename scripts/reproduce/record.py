@@ -15,12 +15,12 @@ FIGURES = Path(__file__).parent / "figures"
 
 
 def provenance() -> dict:
-    """The command, the commit, the versions and the hardware of this run."""
+    """The command, the commit, the versions and the hardware of this run; absolute paths by their last part."""
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
     cpuinfo = Path("/proc/cpuinfo")
     models = [line.partition(":")[2].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)]),
         "commit": git.stdout.strip(),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "transformers")},
         "hardware": {"cpu": models[0] if models else platform.processor(), "cores": len(models)},

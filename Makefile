@@ -1,0 +1,41 @@
+# `make quickstart` and `make test` do all the set-up they need on a machine with Python 3.11 or later and pip.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: install quickstart test test-all lint quality style tables
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# Trains, evaluates, saves, reloads with AutoModel and samples; replaces outputs/quickstart.
+quickstart: install
+	rm -rf outputs/quickstart
+	$(BIN)/python scripts/run_clm.py scripts/configs/quickstart.yaml
+	$(BIN)/python scripts/generate.py outputs/quickstart --prompt "def "
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# Adds the checks marked slow: documentation examples, the oldest supported versions, a clean environment.
+test-all: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+quality: lint
+	$(BIN)/pyright
+
+style: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Result files -> the tables of the README.
+tables: install
+	$(BIN)/python scripts/reproduce/tables.py

@@ -1,0 +1,87 @@
+"""12 layers on the first 4.15 MB of enwik8: ReZero against pre-norm, the same run but for the norms.
+
+    python scripts/reproduce/enwik8_prefix.py --train_file enwik8_prefix.xz
+
+Starts `run_clm.py` with `configs/enwik8_prefix_12l.yaml` once for each arm, in two processes of one thread, and collects
+their figures. A run that has finished is not repeated; one that was interrupted goes on from its last checkpoint.
+Validation and test bits per byte are over the next 5 % and the last 5 % of the file, in windows of 256 bytes that move
+by 128, so that each byte has 128 to 255 bytes of context.
+"""
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from record import FIGURES, RESULTS, provenance, read_json, write_json
+
+from hf_rezero.plots import save_figure
+
+
+SCRIPTS = Path(__file__).parent.parent
+CONFIG = SCRIPTS / "configs" / "enwik8_prefix_12l.yaml"
+SHAPE = "hidden_size=192,num_hidden_layers=12,num_attention_heads=3,max_position_embeddings=256"
+PRE_NORM = f"{SHAPE},norm_position=pre,resweight_init=1,resweight_trainable=false"
+ARMS = {
+    "ReZero": [],
+    "pre-norm, lr 1.5e-3": ["--config_overrides", PRE_NORM, "--learning_rate", "1.5e-3"],
+    "pre-norm, lr 3e-3": ["--config_overrides", PRE_NORM],
+    "ReZero + pre-norm": ["--config_overrides", f"{SHAPE},norm_position=pre,resweight_init=0.204"],
+}
+
+
+def run(arguments: list[str], folder: Path, train_file: str) -> None:
+    """Train and evaluate one arm, or go on with it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(SCRIPTS / "run_clm.py")]
+    command += [str(CONFIG), *arguments, "--train_file", train_file, "--output_dir", str(folder)]
+    if list(folder.glob("checkpoint-*/trainer_state.json")):
+        command += ["--resume_from_checkpoint", "true"]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def collect(folder: Path) -> dict:
+    """The figures that a finished run left."""
+    figures = read_json(folder / "all_results.json")
+    log = read_json(folder / "trainer_state.json")["log_history"]
+    keys = ("eval_bpb", "test_bpb", "train_loss", "train_runtime", "train_steps_per_second", "epoch")
+    curve = [(entry["step"], round(entry["loss"], 4)) for entry in log if "loss" in entry]
+    sizes = [entry["resweight_mean_abs"] for entry in log if "resweight_mean_abs" in entry]
+    return {key: figures[key] for key in keys} | {"curve_nats": curve, "resweight_mean_abs": sizes[-1]}
+
+
+def draw(runs: dict) -> None:
+    """Training loss of each arm in bits per byte."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for arm, result in runs.items():
+        steps, nats = zip(*result["curve_nats"], strict=True)
+        axes.plot(steps, [x / math.log(2) for x in nats], label=f"{arm}: test {result['test_bpb']:.3f}", linewidth=1)
+    axes.set(xlabel="optimizer step (2,048 bytes)", ylabel="training bits per byte", ylim=(1.5, 3.5))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, FIGURES / "enwik8_prefix.png")
+
+
+def main() -> None:
+    """Run the arms that are not finished, write the result file and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train_file", required=True, help="the first 4,154,399 bytes of enwik8")
+    parser.add_argument("--output_dir", default="outputs/enwik8_prefix", help="where the runs are kept")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    args = parser.parse_args()
+    path = RESULTS / "enwik8_prefix.json"
+    results = read_json(path) or {"runs": {}}
+    for arm in args.arms:
+        folder = Path(args.output_dir, arm.replace(" ", "_"))
+        if not (folder / "test_results.json").exists():
+            run(ARMS[arm], folder, args.train_file)
+        results["runs"][arm] = collect(folder)
+        write_json(path, results | provenance())
+    draw(results["runs"])
+
+
+if __name__ == "__main__":
+    main()

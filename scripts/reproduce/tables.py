@@ -1,0 +1,69 @@
+"""Result files -> the tables of the README, between `<!-- table:NAME -->` and `<!-- end -->`."""
+
+import math
+import re
+from pathlib import Path
+
+from record import RESULTS, read_json
+
+
+README = Path(__file__).parent.parent.parent / "README.md"
+
+
+def enwik8_prefix(results: dict) -> list[list[str]]:
+    """One row for each arm."""
+    rows = [["12 layers x 192", "validation bpb", "test bpb", "training loss, last 500 steps (bpb)", "minutes"]]
+    for arm, run in results["runs"].items():
+        tail = [nats for step, nats in run["curve_nats"] if step > run["curve_nats"][-1][0] - 500]
+        loss = sum(tail) / len(tail) / math.log(2)
+        minutes = f"{run['train_runtime'] / 60:.0f}"
+        rows.append([arm, f"{run['eval_bpb']:.3f}", f"{run['test_bpb']:.3f}", f"{loss:.3f}", minutes])
+    return rows
+
+
+def deep_without_warmup(results: dict) -> list[list[str]]:
+    """One row for each arm, with all learning rates that were tried."""
+    rows = [["128 layers x 64", "best lr", "bpb at the best lr, mean of the seeds", "bpb by lr, seed 0"]]
+    for arm, best in results["best"].items():
+        grid = {key: run["final"] for key, run in results["runs"].items() if re.match(rf"{arm} lr=.* seed=0$", key)}
+        by_rate = ", ".join(f"{key.split('lr=')[1].split()[0]}: {final:.2f}" for key, final in grid.items())
+        rows.append([arm, f"{best['learning_rate']:g}", f"{best['mean']:.2f}", by_rate])
+    return [*rows, ["unigram entropy of the corpus", "", f"{results['unigram_bpb']:.2f}", ""]]
+
+
+def defaults(results: dict) -> list[list[str]]:
+    """One row for each variant."""
+    rows = [["one change to the default", "bits per byte", "against the default, by seed"]]
+    for variant, row in results["table"].items():
+        differences = ", ".join(f"{d:+.3f}" for d in row["against_default_by_seed"])
+        rows.append([variant, f"{row['bits_per_byte']:.3f}", "" if variant == "default" else differences])
+    return rows
+
+
+def data_speed(results: dict) -> list[list[str]]:
+    """One row for each path."""
+    rows = [["from file to int64 batches of 64 x 512, one core", "MB/s, median"]]
+    return [*rows, *([path, f"{speed:.1f}"] for path, speed in results["median"].items())]
+
+
+TABLES = {table.__name__: table for table in (enwik8_prefix, deep_without_warmup, defaults, data_speed)}
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Rows of cells, the first one the head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def render(text: str) -> str:
+    """The README with every marked table made anew from its result file."""
+
+    def replace(match: re.Match) -> str:
+        name = match[1]
+        return f"<!-- table:{name} -->\n{markdown(TABLES[name](read_json(RESULTS / f'{name}.json')))}\n<!-- end -->"
+
+    return re.sub(r"<!-- table:(\w+) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    README.write_text(render(README.read_text()))

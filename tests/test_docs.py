@@ -1,0 +1,38 @@
+"""The README and the docstrings do what they say."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_rezero
+
+
+ROOT = Path(__file__).parent.parent
+MODULES = [module.name for module in pkgutil.walk_packages(hf_rezero.__path__, "hf_rezero.")]
+
+
+def test_python_blocks_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    exec("\n".join(blocks), {"__name__": "readme"})
+
+
+def test_tables_of_the_readme_come_from_the_result_files():
+    sys.path.insert(0, str(ROOT / "scripts" / "reproduce"))
+    import tables
+
+    text = (ROOT / "README.md").read_text()
+    assert text.count("<!-- table:") == len(tables.TABLES)
+    assert tables.render(text) == text, "run `make tables`"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_the_docstrings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
