@@ -1,15 +1,16 @@
 # `make quickstart` and `make test` do all the set-up they need on a machine with Python 3.11 or later and pip.
 VENV ?= .venv
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test test-all lint quality style tables
+.PHONY: install quickstart test test-all test-oldest lint quality style tables
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
 	touch $@
 
 # Trains, evaluates, saves, reloads with AutoModel and samples; replaces outputs/quickstart.
@@ -21,9 +22,13 @@ quickstart: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-# Adds the checks marked slow: documentation examples, the oldest supported versions, a clean environment.
+# Adds the checks marked slow.
 test-all: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+
+# The same suite with the oldest supported versions, in an environment of its own; downloads several gigabytes.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,17 +1,42 @@
-"""What the command-line scripts share: arguments from a file, configs from overrides, and what a finished run leaves."""
+"""What the command-line scripts share: arguments from a file, the model to train, and what a finished run leaves."""
 
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from transformers import CONFIG_MAPPING, HfArgumentParser, PreTrainedConfig, Trainer
+from transformers import CONFIG_MAPPING, AutoConfig, HfArgumentParser, PreTrainedConfig, PreTrainedModel, Trainer
 
 from .diagnostics import resweight_profile
 from .plots import plot_resweights, plot_training
+from .tokenization import byte_tokenizer
 from .trainer import ReZeroTrainingArguments, last_checkpoint
+
+
+@dataclass
+class ModelArguments:
+    """The model to train."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to go on from."})
+    model_type: str = field(
+        default="rezero", metadata={"help": "Architecture of a new model: rezero, gpt2, llama ..."}
+    )
+    config_name: str | None = field(default=None, metadata={"help": "Folder or Hub name of a config for a new model."})
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Config of a new model: name=value,name=value. Derived fields follow."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flex_attention ...; eager is the fastest for bf16 on a CPU."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Type of the loaded weights; --bf16 keeps fp32 weights."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and unpacked corpora are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Revision of the Hub repository."})
+    token: str | None = field(default=None, metadata={"help": "Hub token; default: the stored one."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run modelling code of the Hub repository."})
 
 
 def parse_arguments(dataclass_types: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
@@ -86,6 +111,54 @@ def build_config(model_type: str, overrides: str | None = None, **defaults) -> P
         if name:
             values[name] = yaml.safe_load(value)
     return config_class(**values)
+
+
+def load_model(
+    args: ModelArguments, auto_class: type, length: int, *, is_causal: bool, **config_values
+) -> PreTrainedModel:
+    """Load a checkpoint, or make a new model, that reads `length` bytes in the class that `auto_class` finds.
+
+    Args:
+        args: Which checkpoint, or which shape.
+        auto_class: `AutoModelForCausalLM` or another.
+        length: Bytes of the longest input.
+        is_causal: Whether a new model is a decoder; a checkpoint knows what it is.
+        config_values: Values for the config of either, such as the names of labels.
+
+    Raises:
+        ValueError: Overrides for a checkpoint, a vocabulary without the bytes and special tokens, or too few positions.
+    """
+    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
+    hub |= {"trust_remote_code": args.trust_remote_code}
+    options = {"attn_implementation": args.attn_implementation, "dtype": getattr(torch, args.dtype)}
+    if args.config_overrides and (args.config_name or args.model_name_or_path):
+        raise ValueError("--config_overrides shapes a new model: leave out --config_name and --model_name_or_path.")
+    if args.model_name_or_path:
+        model = auto_class.from_pretrained(args.model_name_or_path, **hub, **options, **config_values)
+    else:
+        config = _new_config(args, hub, {"is_causal": is_causal, **config_values})
+        model = auto_class.from_config(config, trust_remote_code=args.trust_remote_code, **options)
+    _check_sizes(model.config, length)
+    return model
+
+
+def _new_config(args: ModelArguments, hub: dict, config_values: dict) -> PreTrainedConfig:
+    if args.config_name:
+        return AutoConfig.from_pretrained(args.config_name, **hub, **config_values)
+    # the special tokens of a foreign model type would be among the bytes, or beyond the table
+    special = {name: getattr(byte_tokenizer(), name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return build_config(args.model_type, args.config_overrides, vocab_size=264, **special, **config_values)
+
+
+def _check_sizes(config: PreTrainedConfig, length: int) -> None:
+    needed = len(byte_tokenizer())
+    if config.vocab_size < needed:
+        raise ValueError(f"the model knows {config.vocab_size} tokens: bytes and special tokens need {needed}.")
+    if getattr(config, "position_embedding_type", None) == "learned" and length > config.max_position_embeddings:
+        raise ValueError(
+            f"inputs of {length} bytes are longer than the position table, max_position_embeddings="
+            f"{config.max_position_embeddings}: use a smaller --block_size or --max_seq_length, or a larger table."
+        )
 
 
 def check_output_dir(args: ReZeroTrainingArguments) -> str | None:

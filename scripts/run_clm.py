@@ -11,35 +11,19 @@ several through `torchrun` or `accelerate launch`. Beside the checkpoint a finis
 
 from dataclasses import dataclass, field
 
-import torch
 from torch.utils.data import Subset
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 
 from hf_rezero import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer, load_corpus
-from hf_rezero.cli import build_config, check_output_dir, evaluate_and_save, parse_arguments, train_and_save
+from hf_rezero.cli import (
+    ModelArguments,
+    check_output_dir,
+    evaluate_and_save,
+    load_model,
+    parse_arguments,
+    train_and_save,
+)
 from hf_rezero.data import ByteDataset, collate_bytes, evaluation_windows
-
-
-@dataclass
-class ModelArguments:
-    """The model to train."""
-
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to go on from."})
-    model_type: str = field(
-        default="rezero", metadata={"help": "Architecture of a new model: rezero, gpt2, llama ..."}
-    )
-    config_name: str | None = field(default=None, metadata={"help": "Folder or Hub name of a config for a new model."})
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Config of a new model: name=value,name=value. Derived fields follow."}
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flex_attention ...; eager is the fastest for bf16 on a CPU."}
-    )
-    dtype: str = field(default="float32", metadata={"help": "Type of the loaded weights; --bf16 keeps fp32 weights."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and unpacked corpora are kept."})
-    model_revision: str = field(default="main", metadata={"help": "Revision of the Hub repository."})
-    token: str | None = field(default=None, metadata={"help": "Hub token; default: the stored one."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run modelling code of the Hub repository."})
 
 
 @dataclass
@@ -73,7 +57,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="reading the corpus"):
         train, validation, test = load_bytes(data_args, model_args.cache_dir)
-    model = load_model(model_args, data_args.block_size)
+    model = load_model(model_args, AutoModelForCausalLM, data_args.block_size, is_causal=True)
     block_size, stride = data_args.block_size, data_args.eval_stride
     trainer = ReZeroTrainer(
         model,
@@ -120,33 +104,6 @@ def load_bytes(args: DataArguments, cache_dir: str | None):
         if file:
             parts[index] = load_corpus(file, split=(1, 0, 0), cache_dir=cache_dir).train
     return parts
-
-
-def load_model(args: ModelArguments, block_size: int):
-    """A checkpoint, or a new model of the given shape."""
-    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
-    hub |= {"trust_remote_code": args.trust_remote_code}
-    options = {"attn_implementation": args.attn_implementation, "dtype": getattr(torch, args.dtype)}
-    if args.config_overrides and (args.config_name or args.model_name_or_path):
-        raise ValueError("--config_overrides shapes a new model: leave out --config_name and --model_name_or_path.")
-    if args.model_name_or_path:
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **hub, **options)
-    else:
-        config = (
-            AutoConfig.from_pretrained(args.config_name, **hub)
-            if args.config_name
-            else build_config(args.model_type, args.config_overrides, vocab_size=264)
-        )
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code, **options)
-    config = model.config
-    if config.vocab_size < 256:
-        raise ValueError(f"the model knows {config.vocab_size} tokens, bytes need 256: it was not trained on bytes.")
-    if getattr(config, "position_embedding_type", None) == "learned" and block_size > config.max_position_embeddings:
-        raise ValueError(
-            f"block_size={block_size} is longer than the position table, max_position_embeddings="
-            f"{config.max_position_embeddings}: use a smaller --block_size or a larger table."
-        )
-    return model
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
-def run_script(name, *arguments, processes=1, check=True):
+def run_script(name, *arguments, processes=1, timeout=300):
     """Run `scripts/name` in `processes` processes and return the finished process with its output."""
     launcher = [sys.executable]
     if processes > 1:
@@ -20,4 +20,4 @@ def run_script(name, *arguments, processes=1, check=True):
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     command = [*launcher, str(SCRIPTS / name), *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, check=check, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=True, timeout=timeout)

@@ -380,6 +380,14 @@ def test_errors_say_what_came_and_what_to_do(make_config, ids):
         model(ids[:, :5], encoder_hidden_states=torch.zeros(2, 3, 32))
 
 
+def test_parallel_plans_name_modules_that_exist(make_config):
+    model = ReZeroForCausalLM(make_config())
+    names = {name.replace(".0.", ".*.") for name, _ in model.model.named_modules()}
+    assert set(model.config.base_model_tp_plan) <= names
+    assert set(model.config.base_model_pp_plan) <= names
+    assert {"lm_head", "model.layers.*.mlp.up_proj"} <= set(model.tp_plan)
+
+
 def test_64_layers_learn_a_periodic_text_at_once():
     from hf_rezero import ReZeroConfig
 

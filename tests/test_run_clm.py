@@ -120,9 +120,12 @@ def test_other_architectures_train_on_the_same_bytes(text, tmp_path):
         ({"block_size": 5000}, "the training part has 2745 bytes, one block needs 5000"),
         (
             {"config_overrides": SHAPE + ",position_embedding_type=learned,max_position_embeddings=16"},
-            "block_size=32 is longer than the position table, max_position_embeddings=16",
+            "inputs of 32 bytes are longer than the position table, max_position_embeddings=16",
         ),
-        ({"config_overrides": SHAPE + ",vocab_size=100"}, "the model knows 100 tokens, bytes need 256"),
+        (
+            {"config_overrides": SHAPE + ",vocab_size=100"},
+            "the model knows 100 tokens: bytes and special tokens need 262",
+        ),
         ({"resume_from_checkpoint": "true"}, "holds 0 checkpoints"),
         ({"train_file": "/nowhere/text.txt"}, "no file '/nowhere/text.txt'"),
     ],
