@@ -188,11 +188,7 @@ def train_and_save(trainer: Trainer, checkpoint: str | None) -> None:
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        plot_training(trainer.state.log_history, Path(trainer.args.output_dir, "training.png"))
-        profile = resweight_profile(trainer.accelerator.unwrap_model(trainer.model))
-        if profile:
-            plot_resweights(profile, Path(trainer.args.output_dir, "resweights.png"))
+    _draw(trainer)
 
 
 def evaluate_and_save(trainer: Trainer, dataset, split: str) -> dict[str, float]:
@@ -200,4 +196,16 @@ def evaluate_and_save(trainer: Trainer, dataset, split: str) -> dict[str, float]
     metrics = trainer.evaluate(dataset, metric_key_prefix=split)
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
+    _draw(trainer)
     return metrics
+
+
+def _draw(trainer: Trainer) -> None:
+    """Drawn anew after an evaluation, which adds its point to the curve."""
+    log = trainer.state.log_history
+    if not trainer.is_world_process_zero() or not any("loss" in entry for entry in log):
+        return
+    plot_training(log, Path(trainer.args.output_dir, "training.png"))
+    profile = resweight_profile(trainer.accelerator.unwrap_model(trainer.model))
+    if profile:
+        plot_resweights(profile, Path(trainer.args.output_dir, "resweights.png"))

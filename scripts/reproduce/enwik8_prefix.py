@@ -23,13 +23,15 @@ from hf_rezero.plots import save_figure
 
 SCRIPTS = Path(__file__).parent.parent
 CONFIG = SCRIPTS / "configs" / "enwik8_prefix_12l.yaml"
-SHAPE = "hidden_size=192,num_hidden_layers=12,num_attention_heads=3,max_position_embeddings=256"
-PRE_NORM = f"{SHAPE},norm_position=pre,resweight_init=1,resweight_trainable=false"
+PRE_NORM = (
+    "hidden_size=192,num_hidden_layers=12,num_attention_heads=3,max_position_embeddings=256,"
+    "norm_position=pre,resweight_init=1,resweight_trainable=false"
+)
+SHORTER = ["--max_steps", "4000", "--weight_decay", "0.05"]
 ARMS = {
     "ReZero": [],
-    "pre-norm, lr 1.5e-3": ["--config_overrides", PRE_NORM, "--learning_rate", "1.5e-3"],
-    "pre-norm, lr 3e-3": ["--config_overrides", PRE_NORM],
-    "ReZero + pre-norm": ["--config_overrides", f"{SHAPE},norm_position=pre,resweight_init=0.204"],
+    "ReZero, 4,000 steps": SHORTER,
+    "pre-norm, 4,000 steps, lr 1.5e-3": [*SHORTER, "--config_overrides", PRE_NORM, "--learning_rate", "1.5e-3"],
 }
 
 
