@@ -61,7 +61,7 @@ def final(curve: list[float], steps: int) -> float:
 def run_all(args: argparse.Namespace) -> dict:
     """Run what the result file does not hold yet."""
     results = read_json(args.output) or {"settings": vars(args) | {"corpus": Path(args.corpus.name).name}, "runs": {}}
-    for name in ("output", "train_file"):
+    for name in ("output", "train_file", "arms"):
         results["settings"].pop(name, None)
     results["provenance"] = provenance()
     unigram = np.bincount(args.corpus.train, minlength=256) / len(args.corpus.train)
@@ -110,10 +110,10 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=64)
     parser.add_argument("--block_size", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["ReZero", "post-norm"])
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3, 1e-2])
     parser.add_argument("--threads", type=int, default=1, help="more is slower for layers this narrow")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

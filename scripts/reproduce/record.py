@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -35,7 +36,9 @@ def _lines(path: Path) -> list[str]:
 def write_json(path: Path, content: dict) -> None:
     """Write `content` as JSON; a reader sees the old file or the new one, never half of one."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1)
+    flat_lists = re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), text)
+    temporary.write_text(flat_lists + "\n")
     temporary.replace(path)
 
 

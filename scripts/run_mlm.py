@@ -1,0 +1,131 @@
+"""Train or evaluate a masked language model, an encoder, on raw bytes.
+
+    python scripts/run_mlm.py --dataset_name python-stdlib --output_dir outputs/mlm --do_train --do_eval --do_predict \
+        --config_overrides num_hidden_layers=12,hidden_size=256 --max_steps 1000 --learning_rate 2e-3
+
+Arguments, data and what a finished run leaves are those of `run_clm.py`. As in BERT (Devlin et al. 2019,
+arXiv:1810.04805), a part of the bytes is to be predicted: 80 % of them are replaced by `<|mask|>`, 10 % by a random
+token, 10 % are left as they are. `eval_loss` is nats per predicted byte, and `eval_perplexity` its exponential.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from run_clm import DataArguments, first, load_bytes
+from torch.utils.data import Dataset
+from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling, set_seed
+
+from hf_rezero import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
+from hf_rezero.cli import (
+    ModelArguments,
+    check_output_dir,
+    evaluate_and_save,
+    load_model,
+    parse_arguments,
+    train_and_save,
+)
+from hf_rezero.data import ByteDataset, collate_bytes
+
+
+@dataclass
+class MaskedDataArguments(DataArguments):
+    """The bytes to train on, and how many of them to mask."""
+
+    eval_stride: None = field(default=None, init=False)  # no argument: evaluation windows do not overlap
+    mlm_probability: float = field(default=0.15, metadata={"help": "Part of the bytes that is to be predicted."})
+
+    def __post_init__(self):
+        if not 0 < self.mlm_probability <= 1:
+            raise ValueError(
+                f"mlm_probability={self.mlm_probability}: choose a part of the bytes, above 0 and up to 1."
+            )
+
+
+class MaskedBytes(Dataset):
+    """Windows of `block_size` bytes, some of them masked; `labels` are -100 where nothing is to be predicted.
+
+    Training windows are masked anew whenever they are read. `fixed` windows, for evaluation, have masks that follow
+    from their number alone: every evaluation asks the same of every model, at any batch size.
+    """
+
+    def __init__(self, data, block_size: int, mlm_probability: float, fixed: bool = False):
+        self.windows = ByteDataset(data, block_size)
+        self.masking = DataCollatorForLanguageModeling(byte_tokenizer(), mlm_probability=mlm_probability)
+        self.fixed = fixed
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move the cuts between training windows, as `ByteDataset` does."""
+        if not self.fixed:
+            self.windows.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {key: value[0] for key, value in self._mask([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
+        # a list of one gathered batch, as `ByteDataset` gives and `collate_bytes` takes
+        return [self[index] for index in indices] if self.fixed else [self._mask(indices)]
+
+    def _mask(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        # None is the global generator, which the Trainer seeds, and the DataLoader in each worker and epoch
+        self.masking.generator = torch.Generator().manual_seed(indices[0]) if self.fixed else None
+        original = self.windows.__getitems__(indices)[0]["input_ids"]
+        no_special_tokens = torch.zeros_like(original, dtype=torch.bool)
+        ids, labels = self.masking.torch_mask_tokens(original.clone(), special_tokens_mask=no_special_tokens)
+        if labels.eq(-100).all():
+            labels[:, 0] = original[:, 0]  # the mean loss over no bytes would be nan
+        return {"input_ids": ids, "labels": labels}
+
+
+class MaskedLMTrainer(ReZeroTrainer):
+    """Every evaluation gains `{prefix}_perplexity`, the exponential of the loss."""
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = output.metrics or {}
+        loss = metrics[f"{metric_key_prefix}_loss"]
+        perplexity = math.exp(loss) if loss < 700 else math.inf  # exp(710) is an error in Python
+        return output._replace(metrics={**metrics, f"{metric_key_prefix}_perplexity": perplexity})
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run what the arguments ask for and return the metrics."""
+    model_args, data_args, training_args = parse_arguments(
+        (ModelArguments, MaskedDataArguments, ReZeroTrainingArguments), __doc__.splitlines()[0], argv
+    )
+    checkpoint = check_output_dir(training_args)
+    set_seed(training_args.seed)
+    with training_args.main_process_first(desc="reading the corpus"):
+        train, validation, test = load_bytes(data_args, model_args.cache_dir)
+    evaluates = training_args.do_eval or training_args.eval_strategy != "no"
+    trainer = MaskedLMTrainer(
+        load_model(model_args, AutoModelForMaskedLM, data_args.block_size, is_causal=False),
+        training_args,
+        data_collator=collate_bytes,
+        train_dataset=windows(train, data_args, data_args.max_train_samples) if training_args.do_train else None,
+        eval_dataset=windows(validation, data_args, data_args.max_eval_samples, fixed=True) if evaluates else None,
+        processing_class=byte_tokenizer(model_max_length=data_args.block_size),
+    )
+    metrics = {}
+    if training_args.do_train:
+        train_and_save(trainer, checkpoint)
+    if training_args.do_eval:
+        metrics |= evaluate_and_save(trainer, trainer.eval_dataset, "eval")
+    if training_args.do_predict:
+        test_dataset = windows(test, data_args, data_args.max_eval_samples, fixed=True)
+        metrics |= evaluate_and_save(trainer, test_dataset, "test")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(tasks="fill-mask", dataset=data_args.dataset_name or data_args.train_file)
+    return metrics
+
+
+def windows(data, args: MaskedDataArguments, count: int | None, fixed: bool = False):
+    """The first `count` masked windows of the bytes, or all."""
+    return first(MaskedBytes(data, args.block_size, args.mlm_probability, fixed), count)
+
+
+if __name__ == "__main__":
+    main()
