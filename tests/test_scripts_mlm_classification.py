@@ -7,7 +7,6 @@ import lzma
 import math
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from launch import SCRIPTS, run_script
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForMaskedLM,
@@ -28,7 +28,7 @@ from hf_rezero.cli import ModelArguments, load_model
 from hf_rezero.data import collate_bytes
 
 
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+sys.path.append(str(SCRIPTS))
 
 import run_classification
 import run_mlm
@@ -36,7 +36,7 @@ import run_mlm
 
 TINY = "num_hidden_layers=2,hidden_size=16,num_attention_heads=2"
 LEFT_BY_A_RUN = {"all_results.json", "config.json", "model.safetensors", "tokenizer.json", "training.png"}
-MASK, PAD = 261, 259
+MASK = 261
 GOOD, BAD = ("a fine and warm film", "warm , fine , a joy"), ("a dull and cold film", "cold , dull , a bore")
 
 
@@ -431,9 +431,7 @@ def test_two_processes_evaluate_as_one(mlm_run, classification_run, text, tables
     folder, metrics = mlm_run if script == "run_mlm" else classification_run
     values = {"train_file": text, "block_size": 32} if script == "run_mlm" else {**tables, "do_predict": True}
     values |= {"model_name_or_path": folder, "config_overrides": None, "do_eval": True}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += [f"scripts/{script}.py", *arguments(tmp_path / "run", ddp_backend="gloo", **values)]
-    subprocess.run(command, check=True, timeout=300, cwd=Path(__file__).parents[1])
+    run_script(f"{script}.py", *arguments(tmp_path / "run", ddp_backend="gloo", **values), processes=2)
     if script == "run_mlm":
         assert results(tmp_path / "run")["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=0.1)
     else:

@@ -36,7 +36,10 @@ def defaults(results: dict) -> list[list[str]]:
     rows = [["one change to the default", "bits per byte", "against the default, by seed"]]
     for variant, row in results["table"].items():
         differences = ", ".join(f"{d:+.3f}" for d in row["against_default_by_seed"])
-        rows.append([variant, f"{row['bits_per_byte']:.3f}", "" if variant == "default" else differences])
+        if not math.isfinite(row["bits_per_byte"]):
+            rows.append([variant, "diverged", ""])
+        else:
+            rows.append([variant, f"{row['bits_per_byte']:.3f}", "" if variant == "default" else differences])
     return rows
 
 

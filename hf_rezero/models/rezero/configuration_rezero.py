@@ -49,8 +49,8 @@ class ReZeroConfig(PreTrainedConfig):
         hidden_act: A fused activation. `gelu_new` is refused: `gelu_pytorch_tanh` is the same function in one kernel.
         is_causal: `True` for a decoder that never looks ahead, `False` for a bidirectional encoder.
         position_embedding_type: `rotary`, `learned` (a table of `max_position_embeddings` rows) or `sinusoidal`.
-        resweight_init: Initial residual weight. 0 is the paper; `1 / sqrt(2 * num_hidden_layers)` measured slightly
-            better in short runs.
+        resweight_init: Initial residual weight. 0 is the paper; with `1 / sqrt(2 * num_hidden_layers)`, which keeps
+            the stream of order 1, the layers learn from the first step. Short runs favoured now one, now the other.
         resweight_sharing: One weight per `layer` (the paper) or one per `sublayer`.
         final_norm: A norm before the head; `None` means only where the branches read normed input (`pre`).
         embedding_std: Standard deviation of the embedding output. Without norms it sets the scale of the whole
