@@ -16,8 +16,8 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 # Trains, evaluates, saves, reloads with AutoModel and samples; replaces outputs/quickstart.
 quickstart: install
 	rm -rf outputs/quickstart
-	$(BIN)/python scripts/run_clm.py scripts/configs/quickstart.yaml
-	$(BIN)/python scripts/generate.py outputs/quickstart --prompt "def "
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/run_clm.py scripts/configs/quickstart.yaml
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/generate.py outputs/quickstart --prompt "def "
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
