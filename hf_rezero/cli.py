@@ -185,8 +185,9 @@ def train_and_save(trainer: Trainer, checkpoint: str | None) -> None:
     """Train, then save the model, the metrics, the Trainer's state, and the pictures of the run."""
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
+    if result.metrics:  # none when a run that had finished is taken up: those it saved then stay
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     _draw(trainer)
 

@@ -36,7 +36,7 @@ class ReZeroTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("bpb"):
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("bpb", "perplexity")):
             self.greater_is_better = False
         super().__post_init__()
 

@@ -159,6 +159,9 @@ def test_a_killed_run_resumes_to_the_same_weights(text, tmp_path):
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    before = (tmp_path / "killed" / "train_results.json").read_text()
+    run_clm.main(arguments(text, tmp_path / "killed", resume_from_checkpoint="true", **options))
+    assert (tmp_path / "killed" / "train_results.json").read_text() == before
 
 
 def test_two_processes_give_the_losses_of_one(text, tmp_path):
