@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,31 @@ def check_output_dir(args: ReZeroTrainingArguments) -> str | None:
             f"or go on with --resume_from_checkpoint true."
         )
     return resume or None
+
+
+def run(trainer: Trainer, checkpoint: str | None, predict: Callable[[], dict[str, float]], **card) -> dict[str, float]:
+    """Train, evaluate, predict and push as the arguments ask; `card` goes to the model card."""
+    args, metrics = trainer.args, {}
+    if args.do_train:
+        train_and_save(trainer, checkpoint)
+    if args.do_eval:
+        metrics |= evaluate_and_save(trainer, trainer.eval_dataset, "eval")
+    if args.do_predict:
+        metrics |= predict()
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    _leave_group(trainer)
+    return metrics
+
+
+def _leave_group(trainer: Trainer) -> None:
+    """Without this, a process may abort at exit, when a thread of gloo still holds a tensor of Python.
+
+    The wrapped model goes first: destroyed by it, the group would be waited for with the interpreter locked, for ever.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
 
 
 def train_and_save(trainer: Trainer, checkpoint: str | None) -> None:

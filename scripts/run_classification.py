@@ -24,10 +24,9 @@ from hf_rezero import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
 from hf_rezero.cli import (
     ModelArguments,
     check_output_dir,
-    evaluate_and_save,
     load_model,
     parse_arguments,
-    train_and_save,
+    run,
 )
 
 
@@ -95,16 +94,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         compute_metrics=accuracy,
     )
-    metrics = {}
-    if training_args.do_train:
-        train_and_save(trainer, checkpoint)
-    if training_args.do_eval:
-        metrics |= evaluate_and_save(trainer, trainer.eval_dataset, "eval")
-    if training_args.do_predict:
-        metrics |= predict_and_save(trainer, parts["test"], labels)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(tasks="text-classification", dataset=data_args.dataset_name or data_args.train_file)
-    return metrics
+    return run(
+        trainer,
+        checkpoint,
+        predict=lambda: predict_and_save(trainer, parts["test"], labels),
+        tasks="text-classification",
+        dataset=data_args.dataset_name or data_args.train_file,
+    )
 
 
 def load_tables(args: DataArguments, cache_dir: str | None, token: str | None) -> dict[str, Dataset]:

@@ -21,7 +21,7 @@ from hf_rezero.cli import (
     evaluate_and_save,
     load_model,
     parse_arguments,
-    train_and_save,
+    run,
 )
 from hf_rezero.data import ByteDataset, collate_bytes, evaluation_windows
 
@@ -71,17 +71,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         else None,
         processing_class=byte_tokenizer(model_max_length=block_size),
     )
-    metrics = {}
-    if training_args.do_train:
-        train_and_save(trainer, checkpoint)
-    if training_args.do_eval:
-        metrics |= evaluate_and_save(trainer, trainer.eval_dataset, "eval")
-    if training_args.do_predict:
+
+    def predict() -> dict[str, float]:
         windows = first(evaluation_windows(test, block_size, stride), data_args.max_eval_samples)
-        metrics |= evaluate_and_save(trainer, windows, "test")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(tasks="text-generation", dataset=data_args.dataset_name or data_args.train_file)
-    return metrics
+        return evaluate_and_save(trainer, windows, "test")
+
+    return run(
+        trainer,
+        checkpoint,
+        predict,
+        tasks="text-generation",
+        dataset=data_args.dataset_name or data_args.train_file,
+    )
 
 
 def first(dataset: ByteDataset, count: int | None):

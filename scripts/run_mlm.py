@@ -25,7 +25,7 @@ from hf_rezero.cli import (
     evaluate_and_save,
     load_model,
     parse_arguments,
-    train_and_save,
+    run,
 )
 from hf_rezero.data import ByteDataset, collate_bytes
 
@@ -102,17 +102,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         preprocess_logits_for_metrics=score_windows,
         compute_metrics=add_up,
     )
-    metrics = {}
-    if training_args.do_train:
-        train_and_save(trainer, checkpoint)
-    if training_args.do_eval:
-        metrics |= evaluate_and_save(trainer, trainer.eval_dataset, "eval")
-    if training_args.do_predict:
-        test_dataset = windows(test, data_args, data_args.max_eval_samples, fixed=True)
-        metrics |= evaluate_and_save(trainer, test_dataset, "test")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(tasks="fill-mask", dataset=data_args.dataset_name or data_args.train_file)
-    return metrics
+
+    def predict() -> dict[str, float]:
+        return evaluate_and_save(trainer, windows(test, data_args, data_args.max_eval_samples, fixed=True), "test")
+
+    return run(
+        trainer,
+        checkpoint,
+        predict,
+        tasks="fill-mask",
+        dataset=data_args.dataset_name or data_args.train_file,
+    )
 
 
 def windows(data, args: MaskedDataArguments, count: int | None, fixed: bool = False):

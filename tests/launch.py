@@ -20,4 +20,6 @@ def run_script(name, *arguments, processes=1, timeout=300):
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     command = [*launcher, str(SCRIPTS / name), *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, check=True, timeout=timeout)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
+    assert done.returncode == 0, f"{name} exited with {done.returncode}:\n{done.stderr[-5000:]}"
+    return done
