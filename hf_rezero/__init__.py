@@ -19,7 +19,7 @@ from .models.rezero.modeling_rezero import (
     ReZeroForTokenClassification,
     ReZeroModel,
 )
-from .optim import param_groups
+from .optim import LAMB, LARS, RAdam, Ranger, RangerLARS, centralize_gradients, lookahead, param_groups
 from .tokenization import byte_tokenizer
 from .trainer import ReZeroTrainer, ReZeroTrainingArguments
 
@@ -39,8 +39,13 @@ for auto_class, model_class in (
     model_class.register_for_auto_class(auto_class.__name__)
 
 __all__ = [
+    "LAMB",
+    "LARS",
+    "RAdam",
     "RZTXDecoderLayer",
     "RZTXEncoderLayer",
+    "Ranger",
+    "RangerLARS",
     "ReZero",
     "ReZeroConfig",
     "ReZeroForCausalLM",
@@ -51,6 +56,8 @@ __all__ = [
     "ReZeroTrainer",
     "ReZeroTrainingArguments",
     "byte_tokenizer",
+    "centralize_gradients",
     "load_corpus",
+    "lookahead",
     "param_groups",
 ]

@@ -1,9 +1,11 @@
 """Glue between the parts of this library and the `Trainer` of transformers."""
 
+import copy
+import inspect
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -12,19 +14,34 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
+from transformers.training_args import OptimizerNames
 
 from .diagnostics import resweight_profile
-from .optim import decays, is_resweight
+from .optim import decays, param_groups
+from .optim.naming import BASES, FIXED, parse_name, split_arguments, wrap
 
 
 @dataclass
 class ReZeroTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with a learning rate for the residual weights, and defaults that suit these models.
+    """`TrainingArguments` with more optimizers, a learning rate for the residual weights, and defaults that suit them.
+
+    `optim` is `[gc+][lookahead+|snoo+]NAME`: any name that transformers knows, or radam, ranger, lars, larc,
+    ranger_lars, lamb. `optim_args` is `name=value,...` with tuples allowed, for the optimizer of that name;
+    `lookahead_k`, `lookahead_alpha`, `lookahead_momentum`, `lookahead_evaluate_slow` and `gc_conv_only` are for the
+    prefixes. Our own optimizers keep their own betas and eps unless `adam_beta1`, `adam_beta2` or `adam_epsilon`
+    differ from the defaults of transformers or `optim_args` names them.
 
     `bpb` as `metric_for_best_model` is better when lower. `ddp_find_unused_parameters` is False, because every
     parameter takes part in every step.
     """
 
+    optim: str = field(
+        default=TrainingArguments.__dataclass_fields__["optim"].default,
+        metadata={
+            "help": "[gc+][lookahead+ or snoo+]NAME, where NAME is radam, ranger, lars, larc, ranger_lars, lamb, or any "
+            "optimizer that transformers knows."
+        },
+    )
     resweight_learning_rate: float | None = field(
         default=None,
         metadata={
@@ -38,7 +55,33 @@ class ReZeroTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("bpb", "perplexity")):
             self.greater_is_better = False
+        chosen = _check_optimizer(self.optim, self.optim_args)
+        self.optim = OptimizerNames.ADAMW_TORCH  # whatever the parent accepts
         super().__post_init__()
+        self.optim = chosen
+
+    def set_optimizer(self, name: str = "adamw_torch", *args, **kwargs):
+        """As in `TrainingArguments`, for all names."""
+        super().set_optimizer("adamw_torch", *args, **kwargs)
+        self.optim = _check_optimizer(name, self.optim_args)
+        return self
+
+
+def _check_optimizer(optim: str, optim_args: str | None) -> str:
+    """The name, as transformers has it where it has it.
+
+    Raises:
+        ValueError: The name or the arguments have no meaning.
+    """
+    optim = getattr(optim, "value", optim)
+    name = parse_name(optim)
+    split_arguments(name, optim_args)
+    if optim in list(OptimizerNames):
+        return OptimizerNames(optim)
+    if name.base not in [*BASES, *OptimizerNames]:
+        known = ", ".join([*BASES, *(known.value for known in OptimizerNames)])
+        raise ValueError(f"the optimizer {optim!r} came: expected [gc+][lookahead+ or snoo+] and one of {known}.")
+    return optim
 
 
 class ReZeroTrainer(Trainer):
@@ -83,13 +126,59 @@ class ReZeroTrainer(Trainer):
         """Decide weight decay by shape, where the Trainer decides by name and would decay `resweight`."""
         return [name for name, parameter in model.named_parameters() if decays(parameter)]
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple:
+        """The optimizer class inside the prefixes of `args.optim`, and its arguments.
+
+        Raises:
+            ValueError: The class does not take an argument of `optim_args`.
+        """
+        name = parse_name(getattr(args.optim, "value", args.optim))
+        given, _ = split_arguments(name, args.optim_args)
+        if name.base in BASES:
+            cls, kwargs = BASES[name.base], {"lr": args.learning_rate} | FIXED.get(name.base, {})
+            accepted = inspect.signature(cls).parameters
+            kwargs |= {key: value for key, value in _changed_adam_arguments(args).items() if key in accepted}
+        else:
+            inside = copy.copy(args)
+            inside.optim = OptimizerNames(name.base)
+            inside.optim_args = ",".join(f"{key}={value}" for key, value in given.items() if "," not in str(value))
+            cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(inside, model)
+            if not cls.__module__.startswith("torch.optim"):
+                return cls, kwargs
+            accepted = inspect.signature(cls).parameters
+        if given.keys() - accepted:
+            raise ValueError(
+                f"optim_args={args.optim_args!r} came: expected, for {name.base}, any of {', '.join(accepted)}."
+            )
+        return cls, kwargs | given
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the optimizer of the arguments, with a group of its own for residual weights that have their own rate."""
-        if self.optimizer is None:
-            super().create_optimizer(model)
-            if self.args.resweight_learning_rate is not None:
-                _give_resweights(self.optimizer, model or self.model, self.args.resweight_learning_rate)
+        """Build the optimizer that the arguments name, on the groups of `param_groups`."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        by_caller = self.optimizer_cls_and_kwargs
+        cls, kwargs = by_caller or self.get_optimizer_cls_and_kwargs(self.args, model)
+        is_class = isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
+        if is_class and not {"params", "model", "optimizer_dict"} & kwargs.keys():
+            rates = {"resweight_learning_rate": self.args.resweight_learning_rate}
+            kwargs = {"params": param_groups(model, weight_decay=self.args.weight_decay, **rates)} | kwargs
+        self.optimizer_cls_and_kwargs = cls, kwargs
+        super().create_optimizer(model)
+        self.optimizer_cls_and_kwargs = by_caller
+        if by_caller is None:
+            self._wrap_optimizer()
         return self.optimizer
+
+    def _wrap_optimizer(self) -> None:
+        name = parse_name(getattr(self.args.optim, "value", self.args.optim))
+        if self.is_deepspeed_enabled and (name.centralize or name.base in BASES and name.base != "radam"):
+            raise ValueError(
+                f"optim={self.args.optim} needs whole weight matrices, and DeepSpeed ZeRO flattens them. Use FSDP2, or "
+                f"radam or lookahead+adamw_torch_fused, which act by element."
+            )
+        wrap(self.optimizer, name, split_arguments(name, self.args.optim_args)[1])
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, after a look at the checkpoint to resume from; `True` means the last complete one."""
@@ -148,6 +237,17 @@ class ReZeroTrainer(Trainer):
         self.model.config.use_cache = self._saved_use_cache
         super().save_model(output_dir, _internal_call)
         self.model.config.use_cache = self.args.use_cache
+
+
+def _changed_adam_arguments(args: TrainingArguments) -> dict:
+    """The betas and eps of the arguments, where they are not what transformers passes when nobody asked."""
+    default = {field.name: field.default for field in fields(args)}
+    changed = {}
+    if any(getattr(args, name) != default[name] for name in ("adam_beta1", "adam_beta2")):
+        changed["betas"] = args.adam_beta1, args.adam_beta2
+    if args.adam_epsilon != default["adam_epsilon"]:
+        changed["eps"] = args.adam_epsilon
+    return changed
 
 
 def _is_causal_lm(model: nn.Module) -> bool:
@@ -227,17 +327,3 @@ def check_safetensors(folder: str | os.PathLike) -> None:
                 f"{path} holds {path.stat().st_size} bytes and is damaged or cut short ({error}): "
                 f"copy or download it again, or use an earlier checkpoint."
             ) from None
-
-
-def _give_resweights(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float) -> None:
-    """Move the residual weights out of the optimizer's groups into one with its own learning rate and no decay."""
-    resweights = [p for name, p in model.named_parameters() if is_resweight(name) and p.requires_grad]
-    if not resweights:
-        raise ValueError(
-            f"resweight_learning_rate={learning_rate} came, but {type(model).__name__} has no trainable `resweight`: "
-            f"leave the argument out."
-        )
-    moved = {id(p) for p in resweights}
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in moved]
-    optimizer.add_param_group({"params": resweights, "lr": learning_rate, "weight_decay": 0.0})

@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from hf_rezero import ReZeroConfig
+from hf_rezero import ReZeroConfig, ReZeroTrainingArguments
 
 
 torch.set_num_threads(1)
@@ -32,3 +32,25 @@ def make_config():
 @pytest.fixture
 def ids():
     return torch.randint(0, 256, (2, 20))
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Arguments of a short run on the CPU."""
+
+    def make(**values):
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "learning_rate": 1e-2,
+            "logging_nan_inf_filter": False,
+        }
+        return ReZeroTrainingArguments(**{**defaults, **values})
+
+    return make

@@ -14,7 +14,10 @@ ALLOWED = {
     "models/rezero/configuration_rezero.py": {"transformers"},
     "models/rezero/modeling_rezero.py": {"torch", "transformers", "configuration_rezero"},
     "layers.py": {"torch"},
-    "optim/param_groups.py": {"torch"},
+    **{
+        f"optim/{path.name}": {"torch", *(p.stem for p in path.parent.glob("*.py"))}
+        for path in PACKAGE.glob("optim/*.py")
+    },
     "diagnostics.py": {"torch", "numpy", "optim"},
     "plots.py": {"matplotlib"},
     "data.py": {"torch", "numpy", "datasets"},
@@ -47,8 +50,13 @@ def test_scripts_use_no_private_name(path):
 
 def test_public_names_are_pinned():
     assert hf_rezero.__all__ == [
+        "LAMB",
+        "LARS",
+        "RAdam",
         "RZTXDecoderLayer",
         "RZTXEncoderLayer",
+        "Ranger",
+        "RangerLARS",
         "ReZero",
         "ReZeroConfig",
         "ReZeroForCausalLM",
@@ -59,7 +67,9 @@ def test_public_names_are_pinned():
         "ReZeroTrainer",
         "ReZeroTrainingArguments",
         "byte_tokenizer",
+        "centralize_gradients",
         "load_corpus",
+        "lookahead",
         "param_groups",
     ]
     assert all(hasattr(hf_rezero, name) for name in hf_rezero.__all__)

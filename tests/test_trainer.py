@@ -2,12 +2,12 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Subset
+from training import TEXT, make_trainer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_rezero import (
@@ -15,40 +15,10 @@ from hf_rezero import (
     ReZeroForMaskedLM,
     ReZeroForSequenceClassification,
     ReZeroForTokenClassification,
-    ReZeroTrainer,
-    ReZeroTrainingArguments,
     param_groups,
 )
-from hf_rezero.data import ByteDataset, collate_bytes, evaluation_windows
+from hf_rezero.data import evaluation_windows
 from hf_rezero.trainer import check_safetensors, last_checkpoint
-
-
-TEXT = np.random.default_rng(0).integers(97, 123, 700).astype(np.uint8)
-
-
-@pytest.fixture
-def arguments(tmp_path):
-    def make(**values):
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 4,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "learning_rate": 1e-2,
-            "logging_nan_inf_filter": False,
-        }
-        return ReZeroTrainingArguments(**{**defaults, **values})
-
-    return make
-
-
-def make_trainer(model, args, **kwargs):
-    data = {"train_dataset": ByteDataset(TEXT, 16), "eval_dataset": evaluation_windows(TEXT[:300], 16)}
-    return ReZeroTrainer(model, args, **{**data, "data_collator": collate_bytes, **kwargs})
 
 
 def test_weight_decay_goes_by_shape(make_config, arguments):

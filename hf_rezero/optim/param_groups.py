@@ -1,6 +1,10 @@
-"""Which parameters are decayed, and at which learning rate the residual weights move: one policy for every loop."""
+"""Which parameters are decayed, which gradients are centralised, and at which rate residual weights move."""
+
+from collections import defaultdict
+from itertools import chain
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def decays(parameter: nn.Parameter) -> bool:
@@ -11,6 +15,24 @@ def decays(parameter: nn.Parameter) -> bool:
 def is_resweight(name: str) -> bool:
     """Whether the parameter of this qualified name is a residual weight."""
     return name.rpartition(".")[2] == "resweight"
+
+
+def output_dims(model: nn.Module) -> dict[nn.Parameter, int]:
+    """The dimension that counts the outputs, of every weight of a linear or convolution layer.
+
+    The layers are known by type; of other libraries, `Conv1D` of transformers by its name. A weight that is an
+    embedding too, tied to the head, is left out.
+    """
+    dims = {}
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvTransposeNd) or type(module).__name__ == "Conv1D":
+            dims[module.weight] = 1
+        elif isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            dims[module.weight] = 0
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            dims.pop(module.weight, None)
+    return dims
 
 
 def param_groups(
@@ -24,7 +46,12 @@ def param_groups(
         resweight_learning_rate: Own learning rate of the residual weights; `None` leaves it to the optimizer.
 
     Returns:
-        Up to three groups, without empty ones: matrices, vectors, residual weights.
+        Groups without empty ones: matrices, vectors, residual weights. Each has an `output_dim` for gradient
+        centralisation, so matrices are split further if they differ in it, as they do by device mesh where they are
+        sharded.
+
+    Raises:
+        ValueError: A learning rate for residual weights, and no residual weight that is trained.
 
     Example:
         >>> import torch
@@ -33,14 +60,26 @@ def param_groups(
         >>> [(len(group["params"]), group["weight_decay"], group.get("lr")) for group in groups]
         [(1, 0.1, None), (1, 0.0, None), (1, 0.0, 0.01)]
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    resweights = {"params": [p for name, p in named if is_resweight(name)], "weight_decay": 0.0}
-    if resweight_learning_rate is not None:
-        resweights["lr"] = resweight_learning_rate
-    rest = [p for name, p in named if not is_resweight(name)]
-    groups = [
-        {"params": [p for p in rest if decays(p)], "weight_decay": weight_decay},
-        {"params": [p for p in rest if not decays(p)], "weight_decay": 0.0},
-        resweights,
-    ]
-    return [group for group in groups if group["params"]]
+    dims = output_dims(model)
+    matrices, vectors, resweights = (defaultdict(list) for _ in range(3))
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups = resweights if is_resweight(name) else matrices if decays(p) else vectors
+            groups[dims.get(p), p.device_mesh if isinstance(p, DTensor) else None].append(p)
+    if resweight_learning_rate is not None and not resweights:
+        raise ValueError(
+            f"resweight_learning_rate={resweight_learning_rate} came, but {type(model).__name__} has no trainable "
+            f"`resweight`: leave the argument out."
+        )
+    own_rate = {} if resweight_learning_rate is None else {"lr": resweight_learning_rate}
+    return list(
+        chain(
+            _groups(matrices, weight_decay=weight_decay),
+            _groups(vectors, weight_decay=0.0),
+            _groups(resweights, weight_decay=0.0, **own_rate),
+        )
+    )
+
+
+def _groups(by_kind: dict, **options) -> list[dict]:
+    return [{"params": params, "output_dim": dim, **options} for (dim, _), params in by_kind.items()]

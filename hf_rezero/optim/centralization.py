@@ -1,0 +1,87 @@
+"""Gradient centralisation: gradients of weight matrices with zero mean, under any optimizer."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .buckets import closure_of, refuse_flat_shards
+
+
+@torch.no_grad()
+def centralize_(group: dict, params: list[Tensor], grads: list[Tensor], conv_only: bool = False) -> None:
+    """Take from the gradients of weight matrices their mean over everything but the output dimension, in place.
+
+    g <- g - mean(g)   (Yong et al. 2020, arXiv:2004.01461, equation 1)
+
+    Args:
+        group: The group of the parameters. Its `output_dim`, which `param_groups` writes by the type of the module,
+            says which dimension counts the outputs, and is None where nothing is to be centralised. A group without
+            it is taken as weights of the shape (outputs, ...), whatever has two dimensions or more.
+        params: The parameters.
+        grads: Their gradients.
+        conv_only: Leave the matrices of fully connected layers alone.
+    """
+    output_dim = group.get("output_dim", 0)
+    if output_dim is None:
+        return
+    for p, g in zip(params, grads, strict=True):
+        if p.ndim > (2 if conv_only else 1):
+            g.sub_(g.mean([d for d in range(p.ndim) if d != output_dim], keepdim=True))
+
+
+def centralize_gradients(optimizer: Optimizer, conv_only: bool = False) -> Optimizer:
+    """Let `optimizer` centralise the gradients before each of its steps, after any clipping.
+
+    Only weights of linear and convolution layers are centralised if the groups come from `param_groups`: never
+    embeddings, norms, biases or residual weights, and `Conv1D` of transformers or transposed convolutions along the
+    axis that is theirs. `p.grad` itself is changed.
+
+    Args:
+        optimizer: Any torch optimizer, also one with Lookahead.
+        conv_only: Leave fully connected layers alone, an option of the paper.
+
+    Returns:
+        The same optimizer.
+
+    Raises:
+        ValueError: It centralises already, or FSDP1 or DeepSpeed has flattened its parameters.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> optimizer = centralize_gradients(torch.optim.SGD(model.parameters(), lr=1.0))
+        >>> before = model.weight.sum(1)
+        >>> (model(torch.tensor([1.0, 2.0, 3.0])) ** 2).sum().backward()
+        >>> optimizer.step()
+        >>> torch.testing.assert_close(model.weight.sum(1), before)
+    """
+    if "gc_conv_only" in optimizer.defaults:
+        raise ValueError(f"{type(optimizer).__name__} centralises its gradients already: ask for it only once.")
+    refuse_flat_shards((p for group in optimizer.param_groups for p in group["params"]), "gradient centralisation")
+    for values in (optimizer.defaults, *optimizer.param_groups):
+        values["gc_conv_only"] = conv_only
+
+    def centralize(*_):
+        for group in optimizer.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            centralize_(group, params, [p.grad for p in params], group["gc_conv_only"])
+
+    def before_step(_, args, kwargs):
+        closure = closure_of(args, kwargs)
+        if closure is None:
+            return centralize()
+        # the gradients of a closure come into being after this hook
+        return (args[0], _then(closure, centralize)), {}
+
+    optimizer.register_step_pre_hook(before_step)
+    return optimizer
+
+
+def _then(closure: Callable, action: Callable) -> Callable:
+    def both():
+        loss = closure()
+        action()
+        return loss
+
+    return both
