@@ -49,7 +49,20 @@ def data_speed(results: dict) -> list[list[str]]:
     return [*rows, *([path, f"{speed:.1f}"] for path, speed in results["median"].items())]
 
 
-TABLES = {table.__name__: table for table in (enwik8_prefix, deep_without_warmup, defaults, data_speed)}
+def optimizer_speed(results: dict) -> list[list[str]]:
+    """One row for each optimizer, one column for each width."""
+    widths = list(next(iter(results["results"].values())))
+    rows = [["step, as a ratio to torch AdamW foreach", *(f"width {w}" for w in widths), "state / parameters"]]
+    for name, by_width in results["results"].items():
+        ratios = (f"{by_width[width]['ratio']:.2f}" for width in widths)
+        rows.append([name, *ratios, f"{by_width[widths[-1]]['state_per_parameter']:.0f}"])
+    return rows
+
+
+TABLES = {
+    table.__name__: table
+    for table in (enwik8_prefix, deep_without_warmup, defaults, data_speed, optimizer_speed)
+}
 
 
 def markdown(rows: list[list[str]]) -> str:
