@@ -52,7 +52,9 @@ def test_the_mean_of_each_output_is_taken_away(shape, output_dim):
     left = step_on(gc_sgd([{"params": [p], "output_dim": output_dim}]), p, g)
     torch.testing.assert_close(left, g if output_dim is None else centralized(g, output_dim))
     if output_dim is not None:
-        torch.testing.assert_close(left.transpose(0, output_dim).flatten(1).sum(1), torch.zeros(shape[output_dim]).double())
+        torch.testing.assert_close(
+            left.transpose(0, output_dim).flatten(1).sum(1), torch.zeros(shape[output_dim]).double()
+        )
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,)])

@@ -74,7 +74,9 @@ def test_parameters_and_state_follow_the_equations(name, base, dtype):
 @pytest.mark.parametrize("name", ["lookahead", "snoo"])
 def test_gradients_that_come_late_or_never(name, base):
     optimizer, oracle = pair(name, base)
-    follow(optimizer, oracle, absent=lambda t, i: (i in (0, 3) and t < 9) or i == 6 or (i == 2 and t % 3 == 1), **TIGHT)
+    follow(
+        optimizer, oracle, absent=lambda t, i: (i in (0, 3) and t < 9) or i == 6 or (i == 2 and t % 3 == 1), **TIGHT
+    )
     assert optimizer.param_groups[1]["params"][1] not in optimizer.state, "no state where there was never a gradient"
 
 
@@ -501,3 +503,16 @@ def test_the_hooks_run_once_in_each_step():
         p.grad = push_matrix
         optimizer.step()
     assert len(counts) == 3
+
+
+def test_a_checkpoint_of_the_optimizer_without_lookahead_is_taken_up():
+    p = nn.Parameter(torch.ones(3, 3))
+    p.grad = torch.ones_like(p)
+    plain = torch.optim.AdamW([p], lr=0.1)
+    plain.step()
+    optimizer = lookahead(torch.optim.AdamW([p], lr=0.1), k=2, alpha=0.25)
+    optimizer.load_state_dict(plain.state_dict())
+    start = p.detach().clone()
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["slow"], start)
+    assert optimizer.param_groups[0]["lookahead_step"] == 1

@@ -53,7 +53,9 @@ def test_parameters_and_state_follow_the_equations(case, dtype, fused):
 def test_gradients_that_come_late_or_never(case):
     """Each parameter counts its own steps; its slow weights start when it starts."""
     optimizer, oracle = pair(case)
-    follow(optimizer, oracle, absent=lambda t, i: (i in (0, 3) and t < 9) or i == 6 or (i == 2 and t % 3 == 1), **TIGHT)
+    follow(
+        optimizer, oracle, absent=lambda t, i: (i in (0, 3) and t < 9) or i == 6 or (i == 2 and t % 3 == 1), **TIGHT
+    )
     assert optimizer.param_groups[1]["params"][1] not in optimizer.state, "no state where there was never a gradient"
 
 
@@ -104,6 +106,20 @@ def test_the_first_steps_are_steps_along_the_gradient(gradient, fused, dtype):
         optimizer.step()
         expected = torch.tensor([-0.25 * t * gradient, 0.25 * t * gradient, 0.0])
         torch.testing.assert_close(p.detach().float(), expected, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=0)
+
+
+@pytest.mark.parametrize("cls", [RAdam, Ranger, RangerLARS])
+def test_counters_are_whole_numbers_that_no_load_casts(cls):
+    p = nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
+    optimizer = cls([p])
+    for t in range(1, 400):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        if t == 300:  # bf16 counts to 256
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.state[p]["step"] == 399 and type(optimizer.state[p]["step"]) is int
+    if cls is not RAdam:
+        assert optimizer.param_groups[0]["lookahead_step"] == 399
 
 
 # Ranger is RAdam, centralisation and Lookahead
@@ -366,3 +382,12 @@ def test_the_closure_is_called_with_gradients_enabled_and_its_loss_returned(cls)
 
 def test_shapes_of_the_oracle_hold_what_the_rules_tell_apart():
     assert {len(shape) for shape in SHAPES} == {1, 2, 4} and (1,) in SHAPES
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_the_first_steps_move_weights_of_every_precision(fused):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        p = nn.Parameter(torch.ones(4, dtype=dtype))
+        p.grad = torch.full_like(p, 0.5)
+        RAdam([p], lr=0.25, fused=fused).step()
+        assert p.tolist() == pytest.approx([0.875] * 4, rel=1e-12), dtype

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
@@ -52,18 +53,26 @@ def buckets(group: dict, state: dict, new_state: Callable[[Tensor], dict]) -> It
         if "step" not in entry:
             entry.update(new_state(p))
         entry["step"] = int(entry["step"]) + 1
-        mesh = p.device_mesh if isinstance(p, DTensor) else None
-        by_kind[entry["step"], p.dtype, p.device, mesh, p.ndim >= 2].append(p)
+        by_kind[entry["step"], p.dtype, p.device, mesh_of(p), p.ndim >= 2].append(p)
     for (step, *_), params in by_kind.items():
         for chunk in chunks(params):
             yield step, chunk
 
 
+def mesh_of(p: Tensor) -> DeviceMesh | None:
+    """The devices over which a tensor is sharded: no kernel takes tensors of two meshes, or sharded and plain ones."""
+    return p.device_mesh if isinstance(p, DTensor) else None
+
+
 def chunks(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut into lists of at most `CPU_CHUNK` numbers each (or one tensor that is larger); on a GPU into one list."""
+    """Cut, at each change of the mesh, into lists of at most `CPU_CHUNK` numbers each, or one tensor that is larger.
+
+    On a GPU a list may be of any length.
+    """
     chunk, size = [], 0
     for p in params:
-        if chunk and p.device.type == "cpu" and size + p.numel() > CPU_CHUNK:
+        is_full = p.device.type == "cpu" and size + p.numel() > CPU_CHUNK
+        if chunk and (is_full or mesh_of(p) != mesh_of(chunk[-1])):
             yield chunk
             chunk, size = [], 0
         chunk.append(p)

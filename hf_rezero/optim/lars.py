@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .adamw import has_fused_kernel
-from .buckets import buckets, evaluate, gradients, refuse_flat_shards
+from .buckets import buckets, evaluate, gradients, mesh_of, refuse_flat_shards
 from .lamb import norms, scale_
 
 
@@ -96,7 +96,9 @@ def scaled_gradients(params: list[Tensor], grads: list[Tensor], group: dict) -> 
 def _momentum_step(params, steps, buffers, group):
     """u <- momentum u + step;  p <- p - u, or p - (step + momentum u) with Nesterov."""
     momentum, nesterov = group["momentum"], group["nesterov"]
-    if has_fused_kernel(params[0]):
+    # torch's fused SGD knows no sharded tensors, and on a CPU fills bf16 and fp16 momentum with uninitialised memory
+    is_safe = mesh_of(params[0]) is None and torch.finfo(params[0].dtype).bits >= 32
+    if momentum and is_safe and has_fused_kernel(params[0]):
         options = {"weight_decay": 0.0, "dampening": 0.0, "maximize": False, "is_first_step": False}
         torch._fused_sgd_(params, steps, buffers, lr=1.0, momentum=momentum, nesterov=nesterov, **options)
         return

@@ -167,6 +167,10 @@ def keep_precision(optimizer: Optimizer) -> None:
             for name, value in entry.items():
                 optimizer.state[p][name] = value.to(p.device, copy=True)
         saved.clear()
+        # a checkpoint of the same optimizer without Lookahead: its weights are the first slow ones
+        for group in optimizer.param_groups:
+            for name in (name for name in optimizer.defaults if name.startswith("lookahead_")):
+                group.setdefault(name, optimizer.defaults[name])
 
     optimizer.register_load_state_dict_pre_hook(before_load)
     optimizer.register_load_state_dict_post_hook(after_load)

@@ -9,9 +9,9 @@ from .adamw import adam_state, adamw_
 from .buckets import buckets, evaluate, gradients
 
 
-# Adam's denominator sqrt(v) + eps is this constant to the last bit, and cancels against a learning rate as large:
-# what is left is a step along the momentum.
-HUGE = 1e12
+def huge(dtype: torch.dtype) -> float:
+    """An eps beside which Adam's sqrt(v) vanishes: against a learning rate as large, a step along the momentum is left."""
+    return min(1e12, torch.finfo(dtype).max / 2)
 
 
 def rectification(step: int, beta2: float) -> float:
@@ -31,7 +31,7 @@ def rectification(step: int, beta2: float) -> float:
     return math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
 
 
-def as_adamw(group: dict, step: int) -> dict:
+def as_adamw(group: dict, step: int, dtype: torch.dtype) -> dict:
     """The scalars with which AdamW takes the step of RAdam.
 
     lr r_t sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps) is AdamW's step at lr' = lr r_t, eps' = eps / sqrt(1 - b2^t);
@@ -42,7 +42,8 @@ def as_adamw(group: dict, step: int) -> dict:
     if r > 0:
         return {"lr": lr * r, "weight_decay": wd / r, "eps": group["eps"] / math.sqrt(1 - beta2**step)}
     if group["degenerated_to_sgd"]:
-        return {"lr": lr * HUGE, "weight_decay": wd / HUGE, "eps": HUGE}
+        eps = huge(dtype)
+        return {"lr": lr * eps, "weight_decay": wd / eps, "eps": eps}
     return {"lr": 0.0, "weight_decay": 0.0, "eps": 1.0}
 
 
@@ -107,4 +108,12 @@ class RAdam(Optimizer):
 
 def radam_(params, grads, states, step: int, group: dict) -> None:
     """One step of RAdam on a list of tensors."""
-    adamw_(params, grads, states, step=step, betas=group["betas"], fused=group["fused"], **as_adamw(group, step))
+    adamw_(
+        params,
+        grads,
+        states,
+        step=step,
+        betas=group["betas"],
+        fused=group["fused"],
+        **as_adamw(group, step, params[0].dtype),
+    )
