@@ -10,7 +10,9 @@ from transformers import (
 )
 
 from .data import load_corpus
+from .gradinit import gradinit_
 from .layers import ReZero, RZTXDecoderLayer, RZTXEncoderLayer
+from .metainit import metainit_
 from .models.rezero.configuration_rezero import ReZeroConfig
 from .models.rezero.modeling_rezero import (
     ReZeroForCausalLM,
@@ -22,6 +24,7 @@ from .models.rezero.modeling_rezero import (
 from .optim import LAMB, LARS, RAdam, Ranger, RangerLARS, centralize_gradients, lookahead, param_groups
 from .tokenization import byte_tokenizer
 from .trainer import ReZeroTrainer, ReZeroTrainingArguments
+from .trainer_gradinit import GradInitConfig
 
 
 __version__ = "0.1.0"
@@ -41,6 +44,7 @@ for auto_class, model_class in (
 __all__ = [
     "LAMB",
     "LARS",
+    "GradInitConfig",
     "RAdam",
     "RZTXDecoderLayer",
     "RZTXEncoderLayer",
@@ -57,7 +61,9 @@ __all__ = [
     "ReZeroTrainingArguments",
     "byte_tokenizer",
     "centralize_gradients",
+    "gradinit_",
     "load_corpus",
     "lookahead",
+    "metainit_",
     "param_groups",
 ]

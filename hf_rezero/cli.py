@@ -15,6 +15,7 @@ from .diagnostics import resweight_profile
 from .plots import plot_resweights, plot_training
 from .tokenization import byte_tokenizer
 from .trainer import ReZeroTrainingArguments, last_checkpoint
+from .trainer_gradinit import state_file
 
 
 @dataclass
@@ -161,8 +162,8 @@ def _check_sizes(config: PreTrainedConfig, length: int) -> None:
         )
 
 
-def check_output_dir(args: ReZeroTrainingArguments) -> str | None:
-    """Refuse to overwrite an earlier run, and return the checkpoint to resume from, if one was asked for.
+def check_output_dir(args: ReZeroTrainingArguments) -> str | bool | None:
+    """Refuse to overwrite an earlier run, and return what to resume from, if that was asked for.
 
     Raises:
         ValueError: `output_dir` holds files and no resumption was asked for, or there is nothing to resume from.
@@ -171,7 +172,7 @@ def check_output_dir(args: ReZeroTrainingArguments) -> str | None:
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
     if resume is True:
-        return last_checkpoint(args.output_dir)
+        return last_checkpoint(args.output_dir, or_none=state_file(args.output_dir).exists()) or True
     folder = Path(args.output_dir)
     if not resume and args.do_train and args.process_index == 0 and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
@@ -181,7 +182,9 @@ def check_output_dir(args: ReZeroTrainingArguments) -> str | None:
     return resume or None
 
 
-def run(trainer: Trainer, checkpoint: str | None, predict: Callable[[], dict[str, float]], **card) -> dict[str, float]:
+def run(
+    trainer: Trainer, checkpoint: str | bool | None, predict: Callable[[], dict[str, float]], **card
+) -> dict[str, float]:
     """Train, evaluate, predict and push as the arguments ask; `card` goes to the model card."""
     args, metrics = trainer.args, {}
     if args.do_train:
@@ -206,7 +209,7 @@ def _leave_group(trainer: Trainer) -> None:
     trainer.accelerator.end_training()
 
 
-def train_and_save(trainer: Trainer, checkpoint: str | None) -> None:
+def train_and_save(trainer: Trainer, checkpoint: str | bool | None) -> None:
     """Train, then save the model, the metrics, the Trainer's state, and the pictures of the run."""
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

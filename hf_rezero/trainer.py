@@ -17,8 +17,10 @@ from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
 from .diagnostics import resweight_profile
+from .gradinit import GradInitReport
 from .optim import decays, param_groups
 from .optim.naming import BASES, FIXED, parse_name, split_arguments, wrap
+from .trainer_gradinit import GradInitConfig, run_gradinit, state_file
 
 
 @dataclass
@@ -47,6 +49,21 @@ class ReZeroTrainingArguments(TrainingArguments):
         metadata={
             "help": "Learning rate of the residual weights, scheduled like the other; default: --learning_rate."
         },
+    )
+    gradinit_steps: int = field(
+        default=0,
+        metadata={"help": "Learn initial scales of the weights in so many steps before training; 0: do not."},
+    )
+    gradinit_eta: float | None = field(
+        default=None, metadata={"help": "Length of GradInit's trial step; default: --learning_rate."}
+    )
+    gradinit_gamma: float | None = field(
+        default=None, metadata={"help": "Bound of the gradient norm; default: the paper's rule, 0.1 / eta."}
+    )
+    gradinit_scale_lr: float = field(default=1e-2, metadata={"help": "Learning rate of the scales."})
+    gradinit_max_scale: float = field(default=10.0, metadata={"help": "Ceiling of the scales."})
+    gradinit_probe_resweight: float | None = field(
+        default=None, metadata={"help": "Value of the residual weights during GradInit; they are restored."}
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Look for parameters without gradient in every distributed step."}
@@ -95,6 +112,9 @@ class ReZeroTrainer(Trainer):
     - Training logs gain `resweight_mean_abs` and `resweight_max_abs`.
     - A data set with `set_epoch` hears of each new epoch, also when its loader is sharded over processes.
     - `train(resume_from_checkpoint=True)` resumes from the last checkpoint that was written to its end.
+    - `gradinit=GradInitConfig(...)`, or `gradinit_steps` of the arguments, learns initial scales of the weights before
+      training, on its data, for its optimizer; not when it is resumed. The report is `trainer.gradinit_report`, the
+      files are in `output_dir/gradinit`.
 
     Raises:
         ValueError: `resweight_learning_rate` for a model without `resweight`; a damaged checkpoint; nothing to
@@ -112,12 +132,13 @@ class ReZeroTrainer(Trainer):
         0.0
     """
 
-    def __init__(self, model=None, *args, **kwargs):
+    def __init__(self, model=None, *args, gradinit: GradInitConfig | None = None, **kwargs):
         # the Trainer switches the cache off for training, and would write that into every config.json
         self._saved_use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model, *args, **kwargs)
         self._is_causal_lm = _is_causal_lm(self.accelerator.unwrap_model(self.model))
         self._nll, self._predicted = 0.0, 0
+        self.gradinit, self.gradinit_report = gradinit or GradInitConfig.from_arguments(self.args), None
         if self.label_smoother is not None and self._is_causal_lm:
             self.label_smoother = partial(self.label_smoother, shift_labels=True)
         self.add_callback(_TellEpoch)
@@ -181,14 +202,20 @@ class ReZeroTrainer(Trainer):
         wrap(self.optimizer, name, split_arguments(name, self.args.optim_args)[1])
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train, after a look at the checkpoint to resume from; `True` means the last complete one."""
+        """Train, after a look at the checkpoint to resume from; `True` means the last complete one.
+
+        Before the first checkpoint, `True` goes on with an interrupted GradInit.
+        """
+        interrupted = resume_from_checkpoint is True and state_file(self.args.output_dir).exists()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir, or_none=interrupted)
         if resume_from_checkpoint:
             check_safetensors(resume_from_checkpoint)
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, "trainer_state.json")))
             if self._has_finished(state):
                 return self._take_up(resume_from_checkpoint, state)
+        elif self.gradinit is not None:
+            self.gradinit_report = run_gradinit(self, self.gradinit, resume=interrupted)
         return super().train(resume_from_checkpoint or None, **kwargs)
 
     def _has_finished(self, state: TrainerState) -> bool:
@@ -228,7 +255,16 @@ class ReZeroTrainer(Trainer):
         if profile:
             sizes = [abs(value) for value in profile.values()]
             logs |= {"resweight_mean_abs": sum(sizes) / len(sizes), "resweight_max_abs": max(sizes)}
+        if "loss" in logs and self.gradinit_report is not None and not self.state.log_history:
+            logs |= _gradinit_metrics(self.gradinit_report)
         super().log(logs, start_time)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Draft the model card, with what GradInit did if it did something."""
+        super().create_model_card(*args, **kwargs)
+        if self.gradinit_report is not None and self.is_world_process_zero():
+            with Path(self.args.output_dir, "README.md").open("a") as card:
+                card.write(f"\n### GradInit\n\n```\n{self.gradinit_report}\n```\n")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model with the `use_cache` it came with."""
@@ -237,6 +273,16 @@ class ReZeroTrainer(Trainer):
         self.model.config.use_cache = self._saved_use_cache
         super().save_model(output_dir, _internal_call)
         self.model.config.use_cache = self.args.use_cache
+
+
+def _gradinit_metrics(report: GradInitReport) -> dict:
+    """What the first log of a run says of the GradInit before it."""
+    return {
+        "gradinit_steps": len(report.history),
+        "gradinit_constrained_steps": report.constrained_steps,
+        "gradinit_grad_norm": report.history[-1]["grad_norm"],
+        "gradinit_seconds": report.seconds,
+    }
 
 
 def _changed_adam_arguments(args: TrainingArguments) -> dict:
@@ -279,11 +325,11 @@ def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor,
     return nll.sum(1), targets.ne(-100).sum(1)
 
 
-def last_checkpoint(output_dir: str | os.PathLike) -> str:
+def last_checkpoint(output_dir: str | os.PathLike, or_none: bool = False) -> str | None:
     """The newest checkpoint below `output_dir` that was written to its end.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, and None was not allowed.
     """
 
     def step(folder: Path) -> int:
@@ -293,6 +339,8 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str:
     for folder in sorted(folders, key=step, reverse=True):
         if _is_complete(folder):
             return str(folder)
+    if or_none:
+        return None
     raise ValueError(
         f"{output_dir} holds {len(folders)} checkpoints and none of them is complete: nothing to resume from. "
         f"Start without --resume_from_checkpoint, or name a checkpoint folder."

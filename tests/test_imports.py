@@ -18,6 +18,8 @@ ALLOWED = {
         f"optim/{path.name}": {"torch", *(p.stem for p in path.parent.glob("*.py"))}
         for path in PACKAGE.glob("optim/*.py")
     },
+    "gradinit.py": {"torch", "matplotlib", "optim", "plots"},
+    "metainit.py": {"torch", "gradinit", "optim"},
     "diagnostics.py": {"torch", "numpy", "optim"},
     "plots.py": {"matplotlib"},
     "data.py": {"torch", "numpy", "datasets"},
@@ -52,6 +54,7 @@ def test_public_names_are_pinned():
     assert hf_rezero.__all__ == [
         "LAMB",
         "LARS",
+        "GradInitConfig",
         "RAdam",
         "RZTXDecoderLayer",
         "RZTXEncoderLayer",
@@ -68,8 +71,10 @@ def test_public_names_are_pinned():
         "ReZeroTrainingArguments",
         "byte_tokenizer",
         "centralize_gradients",
+        "gradinit_",
         "load_corpus",
         "lookahead",
+        "metainit_",
         "param_groups",
     ]
     assert all(hasattr(hf_rezero, name) for name in hf_rezero.__all__)

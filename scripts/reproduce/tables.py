@@ -59,9 +59,26 @@ def optimizer_speed(results: dict) -> list[list[str]]:
     return rows
 
 
+def optimizers(results: dict) -> list[list[str]]:
+    """One row for each optimizer, one column for each task: mean and spread of the seeds, and the best rate."""
+    tasks = {
+        "ReZero LM, batch 4": ("bpb", 3),
+        "ReZero LM, batch 24": ("bpb", 3),
+        "post-norm LM, init 0.02, batch 4": ("bpb", 3),
+        "conv net, batch 32": ("%", 1),
+        "conv net, batch 512": ("%", 1),
+    }
+    rows = [["test, mean ± spread of 3 seeds (lr)", *(f"{task}, {unit}" for task, (unit, _) in tasks.items())]]
+    for arm in dict.fromkeys(arm for task in tasks for arm in results["best"][task]):
+        best = [(results["best"][task].get(arm), digits) for task, (_, digits) in tasks.items()]
+        text = "{mean:.{digits}f} ± {spread:.{digits}f} ({learning_rate:g})"
+        rows.append([arm, *(text.format(**run, digits=digits) if run else "" for run, digits in best)])
+    return rows
+
+
 TABLES = {
     table.__name__: table
-    for table in (enwik8_prefix, deep_without_warmup, defaults, data_speed, optimizer_speed)
+    for table in (enwik8_prefix, deep_without_warmup, defaults, data_speed, optimizer_speed, optimizers)
 }
 
 

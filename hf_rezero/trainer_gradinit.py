@@ -1,0 +1,152 @@
+"""GradInit on the data, the loss and the optimizer of a Trainer, before its first step."""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainingArguments, set_seed
+
+from .gradinit import GradInit, GradInitReport, half_overlap, mean_over_processes
+from .optim.naming import parse_name
+
+
+ALGORITHMS = {"sgd": "sgd_normalized", "lars": "lars", "larc": "lars", "lamb": "lamb", "ranger_lars": "lamb"}
+
+
+@dataclass
+class GradInitConfig:
+    """How `ReZeroTrainer` runs GradInit before training; `gradinit_` explains the arguments.
+
+    Attributes:
+        num_steps: Steps, each of two forward and backward passes on a batch of `per_device_train_batch_size`.
+        eta: Default: the learning rate of the run.
+        algorithm: Default: the kind of step that the optimizer of the run takes.
+        save_steps: After so many steps what was learned is saved, so that an interrupted run goes on from there.
+    """
+
+    num_steps: int
+    eta: float | None = None
+    algorithm: str | None = None
+    gamma: float | None = None
+    scale_lr: float = 1e-2
+    min_scale: float = 0.01
+    max_scale: float = 10.0
+    scale_clip: float = 1.0
+    second_order: str = "finite_difference"
+    probe_resweight: float | None = None
+    save_steps: int = 50
+
+    @classmethod
+    def from_arguments(cls, args: TrainingArguments) -> "GradInitConfig | None":
+        """The config that `--gradinit_*` asks for; None without `--gradinit_steps`."""
+        if not args.gradinit_steps:
+            return None
+        given = {f.name: getattr(args, f"gradinit_{f.name}", None) for f in fields(cls)}
+        return cls(args.gradinit_steps, **{name: value for name, value in given.items() if value is not None})
+
+    def options(self, args: TrainingArguments) -> dict:
+        """The arguments of `GradInit` in a run with these arguments."""
+        base = parse_name(getattr(args.optim, "value", args.optim)).base
+        derived = {
+            "eta": self.eta or args.learning_rate,
+            "algorithm": self.algorithm or ALGORITHMS.get(base, "adam"),
+            # low precision hides the difference of gradients that are closer together
+            "epsilon": 1e-2 if args.bf16 or args.fp16 else 1e-3,
+        }
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("num_steps", "save_steps")}
+        return own | derived
+
+
+def state_file(output_dir: str | os.PathLike) -> Path:
+    """Where GradInit saves what it has learned so far."""
+    return Path(output_dir, "gradinit", "state.pt")
+
+
+def run_gradinit(trainer: Trainer, config: GradInitConfig, resume: bool) -> GradInitReport:
+    """Scale the weights of `trainer.model` in place, the same on every process, and write the report.
+
+    The random numbers of the run are left as they were, so that training does not depend on how GradInit was reached.
+
+    Args:
+        trainer: Its model must not be wrapped yet.
+        config: What to do.
+        resume: Go on from what an interrupted run has saved.
+
+    Raises:
+        ValueError: As `GradInit`, and if the initial weights are not those of the interrupted run.
+    """
+    args, model = trainer.args, trainer.model
+    _same_everywhere(model)
+    init = GradInit(model, loss_fn=_loss_of(trainer), reduce=mean_over_processes, **config.options(args))
+    path, norms = state_file(args.output_dir), [p.norm().item() for p in model.parameters()]
+    if resume:
+        _load(init, path, norms)
+    done = len(init.history)
+    bar = tqdm(
+        desc="GradInit", total=config.num_steps, initial=done, disable=args.disable_tqdm or args.process_index > 0
+    )
+    with bar, _own_random_numbers(args.seed):
+        for batch, fresh in islice(pairwise(_endless(trainer.get_train_dataloader())), done, config.num_steps):
+            init.step(batch, half_overlap(batch, fresh))
+            bar.update()
+            if len(init.history) in (config.num_steps, *range(0, config.num_steps, config.save_steps)):
+                _save(trainer, {"gradinit": init.state_dict(), "norms": norms}, path)
+    report = init.fold_()
+    if trainer.is_world_process_zero():
+        report.save(path.with_name("report.json"))
+        report.plot(path.with_name("report.png"))
+    return report
+
+
+def _same_everywhere(model: nn.Module) -> None:
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.copy_(broadcast(tensor.data))
+
+
+def _loss_of(trainer: Trainer):
+    def loss(model: nn.Module, batch) -> torch.Tensor:
+        with trainer.accelerator.autocast():
+            return trainer.compute_loss(model, trainer._prepare_inputs(batch)).float()
+
+    return loss
+
+
+def _endless(batches) -> Iterator:
+    while True:
+        yield from batches
+
+
+@contextmanager
+def _own_random_numbers(seed: int):
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        set_seed(seed)
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+
+
+def _save(trainer: Trainer, state: dict, path: Path) -> None:
+    if trainer.is_world_process_zero():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+
+
+def _load(init: GradInit, path: Path, norms: list[float]) -> None:
+    state = torch.load(path, weights_only=True)
+    if not np.allclose(state["norms"], norms, rtol=1e-5):
+        raise ValueError(
+            f"the weights are not those from which {path} was learned: start from the same checkpoint or seed, or "
+            f"leave out --resume_from_checkpoint and use another output_dir."
+        )
+    init.load_state_dict(state["gradinit"])
