@@ -18,8 +18,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -28,15 +27,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .optim.param_groups import decays, is_resweight
+from .trial import Loss, TrialModel, map_batch, some, trainable
 
 
 __all__ = ["GradInit", "GradInitReport", "gradinit_", "half_overlap", "mean_over_processes"]
 
-Loss = Callable[[nn.Module, Any], Tensor]
 Reduce = Callable[[list[Tensor]], list[Tensor]]
 
 _SIGN_STEP = ("adam", "adamw", "radam", "ranger", "lamb")
@@ -115,40 +112,6 @@ class GradInitReport:
         save_figure(figure, path)
 
 
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The `.loss` of `model(**batch)`, the convention of Hugging Face models.
-
-    Raises:
-        ValueError: The batch is not a mapping, or the output has no loss.
-    """
-    if not isinstance(batch, Mapping):
-        raise ValueError(
-            f"a batch of type {type(batch).__name__} has no loss by itself: pass loss_fn, a function of (model, batch) "
-            "that returns a scalar, or batches that are mappings for a model whose output has a .loss"
-        )
-    output = model(**batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
-        raise ValueError(
-            f"{type(model).__name__} returned no loss for a batch with the keys {sorted(batch)}: add labels to the "
-            "batch, or pass loss_fn, a function of (model, batch) that returns a scalar"
-        )
-    return loss
-
-
-def map_batch(function: Callable, *batches: Any) -> Any:
-    """Apply a function to the tensors at the same place of nested mappings, lists and tuples; keep other leaves."""
-    first = batches[0]
-    if isinstance(first, Tensor):
-        return function(*batches)
-    if isinstance(first, Mapping):
-        return {key: map_batch(function, *(batch[key] for batch in batches)) for key in first}
-    if isinstance(first, list | tuple):
-        items = [map_batch(function, *items) for items in zip(*batches, strict=True)]
-        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
-    return first
-
-
 def _rows(batch: Any) -> int:
     sizes = []
     map_batch(lambda tensor: sizes.append(len(tensor)) if tensor.ndim else None, batch)
@@ -195,128 +158,6 @@ def mean_over_processes(tensors: list[Tensor]) -> list[Tensor]:
             dist.all_reduce(tensor)
             tensor.div_(dist.get_world_size())
     return tensors
-
-
-@contextmanager
-def _dropout_off(model: nn.Module) -> Iterator[None]:
-    """Eval mode, but for normalisation by the statistics of the batch; every flag returns to what it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            # Set one by one: a model may override train().
-            module.training = isinstance(module, nn.modules.batchnorm._NormBase)
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-class TrialModel(nn.Module):
-    """The loss of a model at other weights than its own; the model comes back as it was, also after an exception."""
-
-    def __init__(self, model: nn.Module, loss_fn: Loss | None = None) -> None:
-        super().__init__()
-        self.model, self.loss_fn = model, loss_fn or model_loss
-        devices = {p.device for p in model.parameters()}
-        self.device = next(iter(devices))
-        self.cuda_devices = [device for device in devices if device.type == "cuda"]
-
-    def forward(self, function: Callable) -> Any:
-        return function()
-
-    def run(self, weights: dict[str, Tensor], function: Callable) -> Any:
-        """Call a function while the model has these weights.
-
-        The backward pass belongs into the function too: checkpointed parts of the model are computed again in it, from
-        whatever weights the model has then.
-        """
-        # Copies, so that running statistics are updated there and not in the model.
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        state = {f"model.{name}": tensor for name, tensor in (weights | buffers).items()}
-        # Each call starts from the same random numbers: two gradients that are compared see the same noise.
-        # The weights may have moved in place since autocast, if it is on around us, cached their low-precision copies.
-        torch.clear_autocast_cache()
-        with _dropout_off(self.model), torch.random.fork_rng(self.cuda_devices), torch.enable_grad():
-            return functional_call(self, state, (function,))
-
-    def loss(self, batches: Sequence) -> Tensor:
-        """The mean loss of the batches at the weights of the model."""
-        losses = [self.loss_fn(self.model, map_batch(lambda t: t.to(self.device), batch)) for batch in batches]
-        for loss in losses:
-            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-                raise ValueError(f"the loss must be a scalar tensor with a gradient, got {loss!r}")
-        return torch.stack([loss.reshape(()) for loss in losses]).mean()
-
-    def gradient(self, weights: dict[str, Tensor], batches: Sequence) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss and its gradient by tensor, `None` for tensors that the loss does not contain."""
-
-        def evaluate():
-            loss = self.loss(batches)
-            return loss.detach(), list(torch.autograd.grad(loss, list(weights.values()), allow_unused=True))
-
-        return self.run(weights, evaluate)
-
-    def hessian_product(self, weights: dict[str, Tensor], batches: Sequence, vector: list[Tensor]) -> list[Tensor]:
-        """The exact product of the Hessian of the loss with a vector, by a second backward pass."""
-        leaves = list(weights.values())
-
-        def evaluate():
-            grads = torch.autograd.grad(self.loss(batches), leaves, create_graph=True, allow_unused=True)
-            # A gradient that does not depend on the weights, or is missing, has no part in it.
-            pairs = [(g, v) for g, v in zip(grads, vector, strict=True) if g is not None and g.requires_grad]
-            if not pairs:
-                return [torch.zeros_like(leaf) for leaf in leaves]
-            outputs, directions = zip(*pairs, strict=True)
-            return torch.autograd.grad(outputs, leaves, directions, allow_unused=True, materialize_grads=True)
-
-        try:
-            with twice_differentiable_attention():
-                return list(self.run(weights, evaluate))
-        except RuntimeError as error:
-            error.add_note("second_order='finite_difference' needs no second backward pass")
-            raise
-
-
-def twice_differentiable_attention():
-    """A context in which torch's attention can be differentiated twice, as its fused kernels cannot (pytorch#116350)."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _refusal(parameter: nn.Parameter) -> str | None:
-    if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
-        return "has no values yet: initialise or load the model first"
-    if hasattr(parameter, "device_mesh") or hasattr(parameter, "_is_flat_param") or hasattr(parameter, "ds_id"):
-        return "is sharded: learn the scales before the model is wrapped"
-    if not parameter.is_floating_point():
-        return f"is {parameter.dtype}: an integer or quantised weight has no scale, start from the float model"
-    if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
-        return f"is {parameter.dtype}: learn the scales in fp32, model.float(), and convert the model afterwards"
-    return None
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters by name, tied ones once.
-
-    Raises:
-        ValueError: A parameter is integer, quantised, half precision, sharded or without values, or all are frozen.
-
-    Warns:
-        UserWarning: Some parameters are frozen.
-    """
-    named = dict(model.named_parameters())
-    for name, parameter in named.items():
-        if reason := _refusal(parameter):
-            raise ValueError(f"{name} {reason}")
-    frozen = [name for name, p in named.items() if not p.requires_grad]
-    if len(frozen) == len(named):
-        raise ValueError(f"{type(model).__name__} has no trainable parameter; frozen are: {_some(frozen) or 'none'}")
-    if frozen:
-        warnings.warn(f"frozen parameters are used as they are and not scaled: {_some(frozen)}", stacklevel=4)
-    return {name: p for name, p in named.items() if p.requires_grad}
 
 
 def _stack(scalars: Iterable[Tensor]) -> Tensor:
@@ -484,7 +325,7 @@ class GradInit:
         """
         if state["names"] != list(self.weights):
             other = sorted(set(state["names"]) ^ set(self.weights))
-            raise ValueError(f"the state is that of another model; tensors of only one of the two: {_some(other)}")
+            raise ValueError(f"the state is that of another model; tensors of only one of the two: {some(other)}")
         self.scales = state["scales"].clone()
         self.moments = {branch: [m.clone() for m in moments] for branch, moments in state["moments"].items()}
         self.history = [dict(entry) for entry in state["history"]]
@@ -503,7 +344,7 @@ class GradInit:
         loss, grads = self.trial.gradient(theta, [batch])
         unused = [name for name, grad in zip(theta, grads, strict=True) if grad is None]
         if unused and not self.history:
-            warnings.warn(f"the loss does not depend on these parameters: {_some(unused)}", stacklevel=4)
+            warnings.warn(f"the loss does not depend on these parameters: {some(unused)}", stacklevel=4)
         filled = [torch.zeros_like(w) if g is None else g for w, g in zip(theta.values(), grads, strict=True)]
         loss, *grads = self.reduce([loss, *filled])
         return loss.item(), grads
@@ -599,7 +440,7 @@ class GradInit:
         ]
         if bad:
             raise ValueError(
-                f"GradInit step {len(self.history)}: {_some(bad)}; check the data and the loss, or start from smaller weights"
+                f"GradInit step {len(self.history)}: {some(bad)}; check the data and the loss, or start from smaller weights"
             )
 
     def _warn_about_gamma(self, report: GradInitReport) -> None:

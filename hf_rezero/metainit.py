@@ -19,8 +19,9 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from .gradinit import Loss, Reduce, TrialModel, save_json, trainable, twice_differentiable_attention
+from .gradinit import Reduce, save_json
 from .optim.param_groups import decays, is_resweight
+from .trial import Loss, TrialModel, trainable, twice_differentiable_attention
 
 
 __all__ = ["MetaInitReport", "metainit_", "random_batches"]

@@ -18,8 +18,9 @@ ALLOWED = {
         f"optim/{path.name}": {"torch", *(p.stem for p in path.parent.glob("*.py"))}
         for path in PACKAGE.glob("optim/*.py")
     },
-    "gradinit.py": {"torch", "matplotlib", "optim", "plots"},
-    "metainit.py": {"torch", "gradinit", "optim"},
+    "trial.py": {"torch"},
+    "gradinit.py": {"torch", "matplotlib", "optim", "plots", "trial"},
+    "metainit.py": {"torch", "gradinit", "optim", "trial"},
     "diagnostics.py": {"torch", "numpy", "optim"},
     "plots.py": {"matplotlib"},
     "data.py": {"torch", "numpy", "datasets"},

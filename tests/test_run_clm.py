@@ -144,8 +144,9 @@ def test_an_earlier_run_is_never_overwritten(text, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious.txt"]
 
 
-def test_a_killed_run_resumes_to_the_same_weights(text, tmp_path):
-    options = {"max_steps": 90, "save_steps": 20, "save_total_limit": 2, "resweight_learning_rate": 0.02}
+@pytest.mark.parametrize("optim", [{}, {"optim": "gc+lookahead+adamw_torch", "optim_args": "lookahead_k=7"}])
+def test_a_killed_run_resumes_to_the_same_weights(text, tmp_path, optim):
+    options = {"max_steps": 90, "save_steps": 20, "save_total_limit": 2, "resweight_learning_rate": 0.02, **optim}
     run_clm.main(arguments(text, tmp_path / "whole", **options))
     command = [sys.executable, str(SCRIPTS / "run_clm.py"), *arguments(text, tmp_path / "killed", **options)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
