@@ -15,7 +15,6 @@ scale of embedding and head. It is meant for networks with norms, or with neithe
 import json
 import math
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,9 +44,9 @@ _MAX_DEFAULT_STEPS = 390  # the paper's: one epoch of CIFAR-10 in batches of 128
 def save_json(content: dict, path: str | os.PathLike) -> None:
     """Write JSON under a temporary name first, so that no reader sees half a file."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-        json.dump(content, file, indent=1)
-    Path(file.name).replace(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import math
 import os
-import tempfile
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,9 +11,10 @@ from matplotlib.figure import Figure
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Write the figure as a PNG, under a temporary name first, so that no reader sees half a file."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as file:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
         FigureCanvasAgg(figure).print_png(file)
-    Path(file.name).replace(path)
+    temporary.replace(path)
 
 
 def plot_training(log_history: list[dict], path: str | os.PathLike) -> None:

@@ -12,6 +12,7 @@ The last figure is what 390 iterations cost in epochs of enwik8, 90 MB of bytes,
 """
 
 import argparse
+import random
 import time
 from collections.abc import Callable
 from statistics import median
@@ -167,7 +168,8 @@ def measure(build: Callable, args: argparse.Namespace) -> dict:
     weights = [*model.parameters(), *model.buffers()]
     rounds = {name: [] for name in found}
     for round_ in range(args.rounds + 1):
-        for name, (iteration, _) in found.items():
+        # in another order each time: what an iteration leaves in the allocator slows or speeds the next one
+        for name, (iteration, _) in random.Random(round_).sample(list(found.items()), len(found)):
             took = seconds(iteration, args.device)
             if round_ > 0:  # the first call sets up kernels and caches
                 rounds[name].append(took)

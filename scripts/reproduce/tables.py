@@ -76,9 +76,52 @@ def optimizers(results: dict) -> list[list[str]]:
     return rows
 
 
+def gradinit_images(results: dict) -> list[list[str]]:
+    """One row for each initialisation, one column for each net: accuracy after the first epoch, and the best."""
+    cells = {}
+    for key, (first, best) in results["table"].items():
+        net, arm, rate = key.split(" | ")
+        cells.setdefault(arm, {}).setdefault(net, []).append((best, f"{first:.1f} / {best:.1f} ({rate[3:]})"))
+    nets = list(cells["Kaiming"])
+    rows = [["first-epoch / best test accuracy, % (lr)", *nets]]
+    return [*rows, *([arm, *(max(row.get(net, [(0, "")]))[1] for net in nets)] for arm, row in cells.items())]
+
+
+def gradinit_post_norm(results: dict) -> list[list[str]]:
+    """One row for each arm at its best rate."""
+    rows = [["12 layers x 64, no warmup unless named", "best lr", "bpb, mean of the seeds", "by seed"]]
+    for arm, best in results["best"].items():
+        by_seed = ", ".join(f"{final:.2f}" for final in best["final_by_seed"])
+        rows.append([arm, f"{best['learning_rate']:g}", f"{best['mean']:.2f}", by_seed])
+    return [*rows, ["unigram entropy of the corpus", "", f"{results['unigram_bpb']:.2f}", ""]]
+
+
+def gradinit_cost(results: dict) -> list[list[str]]:
+    """One row for each kind of iteration, time and memory for each model."""
+    models = list(results["models"])
+    rows = [
+        ["one iteration, in training steps", *(f"{model}: {what}" for model in models for what in ("time", "memory"))]
+    ]
+    for name in dict.fromkeys(name for model in models for name in results["models"][model]["ratios"]):
+        found = [results["models"][model]["ratios"].get(name) for model in models]
+        cells = (f"{ratios[what]:.2f}" if ratios else "" for ratios in found for what in ("time", "memory"))
+        rows.append([name, *cells])
+    return rows
+
+
 TABLES = {
     table.__name__: table
-    for table in (enwik8_prefix, deep_without_warmup, defaults, data_speed, optimizer_speed, optimizers)
+    for table in (
+        enwik8_prefix,
+        deep_without_warmup,
+        defaults,
+        data_speed,
+        optimizer_speed,
+        optimizers,
+        gradinit_images,
+        gradinit_post_norm,
+        gradinit_cost,
+    )
 }
 
 
