@@ -516,3 +516,11 @@ def test_a_checkpoint_of_the_optimizer_without_lookahead_is_taken_up():
     optimizer.step()
     assert torch.equal(optimizer.state[p]["slow"], start)
     assert optimizer.param_groups[0]["lookahead_step"] == 1
+
+
+def test_a_group_may_have_its_own_k_and_alpha():
+    p, q = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    groups = [{"params": [p]}, {"params": [q], "lookahead_k": 2, "lookahead_alpha": 0.25}]
+    for optimizer in (lookahead(torch.optim.SGD(groups, lr=0.1), k=3), Ranger(groups, k=3)):
+        found = [(group["lookahead_k"], group["lookahead_alpha"]) for group in optimizer.param_groups]
+        assert found == [(3, 0.5), (2, 0.25)]

@@ -23,6 +23,14 @@ def lookahead_defaults(k: int, alpha: float, momentum: float = 0.0) -> dict:
     return {f"lookahead_{name}": value for name, value in zip(names, (k, alpha, momentum, 0, False), strict=True)}
 
 
+def give_defaults(optimizer: Optimizer, values: dict) -> None:
+    """Make these the defaults of an optimizer and of its groups, as far as a group does not have its own."""
+    for name, value in values.items():
+        optimizer.defaults[name] = value
+        for group in optimizer.param_groups:
+            group.setdefault(name, value)
+
+
 def slow_copy(p: Tensor) -> Tensor:
     """The weights, in at least fp32: a bf16 average of bf16 weights would stand still."""
     return p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
@@ -105,8 +113,7 @@ def lookahead(
     if "lookahead_k" in optimizer.defaults:
         raise ValueError(f"{type(optimizer).__name__} has Lookahead already: ask for it only once.")
     # groups that are added later take the defaults over
-    for values in (optimizer.defaults, *optimizer.param_groups):
-        values |= lookahead_defaults(k, alpha, momentum)
+    give_defaults(optimizer, lookahead_defaults(k, alpha, momentum))
     seen, initial = set(), {}
 
     def before_step(optimizer, args, kwargs):

@@ -5,7 +5,15 @@ import torch
 from .adamw import adam_state
 from .buckets import buckets, evaluate, gradients, refuse_flat_shards
 from .centralization import centralize_
-from .lookahead import give_modes, keep_precision, lookahead_defaults, refuse_step_in_eval, slow_copy, synchronize
+from .lookahead import (
+    give_defaults,
+    give_modes,
+    keep_precision,
+    lookahead_defaults,
+    refuse_step_in_eval,
+    slow_copy,
+    synchronize,
+)
 from .radam import RAdam, radam_
 
 
@@ -22,7 +30,7 @@ class Ranger(RAdam):
         weight_decay: Decoupled: p shrinks by lr * weight_decay in every step.
         k: Steps between two moves of the slow weights.
         alpha: How far the slow weights move.
-        centralize: Whether gradients of weight matrices are centralised.
+        centralize: Whether gradients of weight matrices are centralised, in place.
         degenerated_to_sgd: What the first five steps do, see `RAdam`.
         evaluate_slow: Give the optimizer `eval()` and `train()`, see `lookahead`.
         fused: False for the foreach path; None takes the fused kernel wherever torch has one.
@@ -54,8 +62,7 @@ class Ranger(RAdam):
         fused: bool | None = None,
     ):
         super().__init__(params, lr, betas, eps, weight_decay, degenerated_to_sgd=degenerated_to_sgd, fused=fused)
-        for values in (self.defaults, *self.param_groups):
-            values |= lookahead_defaults(k, alpha) | ({"gc_conv_only": False} if centralize else {})
+        give_defaults(self, lookahead_defaults(k, alpha) | ({"gc_conv_only": False} if centralize else {}))
         keep_precision(self)
         if evaluate_slow:
             give_modes(self)
