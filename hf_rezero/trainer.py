@@ -154,7 +154,7 @@ class ReZeroTrainer(Trainer):
         Raises:
             ValueError: The class does not take an argument of `optim_args`.
         """
-        name = parse_name(getattr(args.optim, "value", args.optim))
+        name = parse_name(args.optim)
         given, _ = split_arguments(name, args.optim_args)
         if name.base in BASES:
             cls, kwargs = BASES[name.base], {"lr": args.learning_rate} | FIXED.get(name.base, {})
@@ -193,7 +193,7 @@ class ReZeroTrainer(Trainer):
         return self.optimizer
 
     def _wrap_optimizer(self) -> None:
-        name = parse_name(getattr(self.args.optim, "value", self.args.optim))
+        name = parse_name(self.args.optim)
         if self.is_deepspeed_enabled and (name.centralize or name.base in BASES and name.base != "radam"):
             raise ValueError(
                 f"optim={self.args.optim} needs whole weight matrices, and DeepSpeed ZeRO flattens them. Use FSDP2, or "

@@ -55,7 +55,7 @@ class GradInitConfig:
 
     def options(self, args: TrainingArguments) -> dict:
         """The arguments of `GradInit` in a run with these arguments."""
-        base = parse_name(getattr(args.optim, "value", args.optim)).base
+        base = parse_name(args.optim).base
         derived = {
             "eta": self.eta or args.learning_rate,
             "algorithm": self.algorithm or ALGORITHMS.get(base, "adam"),

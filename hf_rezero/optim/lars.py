@@ -1,5 +1,7 @@
 """LARS: momentum SGD with a learning rate for each layer."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -78,7 +80,7 @@ def _momentum_state(p: Tensor) -> dict:
     return {"step": 0, "momentum_buffer": torch.zeros_like(p)}
 
 
-def scaled_gradients(params: list[Tensor], grads: list[Tensor], group: dict) -> list[Tensor]:
+def scaled_gradients(params: list[Tensor], grads: list[Tensor], group: dict) -> Sequence[Tensor]:
     """lr ratio (g + wd p) for a list of matrices, lr g for one of vectors."""
     lr, wd = group["lr"], group["weight_decay"]
     if params[0].ndim < 2:

@@ -47,6 +47,7 @@ def parse_name(name: str) -> OptimizerName:
         >>> parse_name("gc+lookahead+sgd")
         OptimizerName(centralize=True, outer='lookahead', base='sgd')
     """
+    name = getattr(name, "value", name)  # transformers has its names as an enum
     *prefixes, base = name.split("+")
     centralize = prefixes[:1] == ["gc"]
     rest = prefixes[centralize:]
