@@ -69,12 +69,14 @@ def chunks(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
     On a GPU a list may be of any length.
     """
-    chunk, size = [], 0
+    chunk, size, last_mesh = [], 0, None
     for p in params:
+        mesh = mesh_of(p)
         is_full = p.device.type == "cpu" and size + p.numel() > CPU_CHUNK
-        if chunk and (is_full or mesh_of(p) != mesh_of(chunk[-1])):
+        if chunk and (is_full or mesh != last_mesh):
             yield chunk
             chunk, size = [], 0
+        last_mesh = mesh
         chunk.append(p)
         size += p.numel()
     if chunk:
