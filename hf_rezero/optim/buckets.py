@@ -42,11 +42,12 @@ def buckets(group: dict, state: dict, new_state: Callable[[Tensor], dict]) -> It
     """
     by_kind = defaultdict(list)
     for p in group["params"]:
-        if p.grad is None:
+        grad = p.grad
+        if grad is None:
             continue
-        if p.grad.is_sparse or p.is_complex():
+        if grad.is_sparse or p.is_complex():
             raise RuntimeError(
-                f"a parameter of shape {tuple(p.shape)} and type {p.dtype} has a {p.grad.layout} gradient: only "
+                f"a parameter of shape {tuple(p.shape)} and type {p.dtype} has a {grad.layout} gradient: only "
                 f"dense real ones are supported. Give this parameter to torch.optim.SparseAdam or Adam."
             )
         entry = state[p]
@@ -72,7 +73,7 @@ def chunks(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     chunk, size, last_mesh = [], 0, None
     for p in params:
         mesh = mesh_of(p)
-        is_full = p.device.type == "cpu" and size + p.numel() > CPU_CHUNK
+        is_full = p.is_cpu and size + p.numel() > CPU_CHUNK
         if chunk and (is_full or mesh != last_mesh):
             yield chunk
             chunk, size = [], 0

@@ -1,6 +1,7 @@
 """Gradient centralisation: gradients of weight matrices with zero mean, under any optimizer."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,7 +29,12 @@ def centralize_(group: dict, params: list[Tensor], grads: list[Tensor], conv_onl
         return
     for p, g in zip(params, grads, strict=True):
         if p.ndim > (2 if conv_only else 1):
-            g.sub_(g.mean([d for d in range(p.ndim) if d != output_dim], keepdim=True))
+            g.sub_(g.mean(_all_but(output_dim, p.ndim), keepdim=True))
+
+
+@cache
+def _all_but(dim: int, ndim: int) -> tuple[int, ...]:
+    return tuple(d for d in range(ndim) if d != dim)
 
 
 def centralize_gradients(optimizer: Optimizer, conv_only: bool = False) -> Optimizer:
