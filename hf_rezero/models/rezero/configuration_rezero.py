@@ -22,6 +22,9 @@ CHOICES = {
     "resweight_sharing": ("layer", "sublayer"),
 }
 
+# what a single layer may have of its own: these sizes stay inside the layer
+PER_LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+
 
 @strict
 class ReZeroConfig(PreTrainedConfig):
@@ -58,9 +61,12 @@ class ReZeroConfig(PreTrainedConfig):
         initializer_range: Standard deviation of the language-model head, and of the shared table when
             `tie_word_embeddings` (which is then multiplied up to `embedding_std` on the way in).
         config_version: Format of this file; a newer one than the code knows is refused.
+        per_layer_config: Sizes of single layers, `{2: {"num_attention_heads": 4, "num_key_value_heads": 4}}`, as pruning
+            leaves them: also `intermediate_size`. Both head counts 0 leave out the attention of the layer with its
+            residual and norm, `intermediate_size` 0 its feed-forward sublayer.
 
     Raises:
-        ValueError: A value is not one of its choices, or the sizes do not divide.
+        ValueError: A value is not one of its choices, the sizes do not divide, or a layer is left with nothing.
 
     Example:
         >>> from hf_rezero import ReZeroConfig
@@ -70,6 +76,8 @@ class ReZeroConfig(PreTrainedConfig):
 
     model_type = "rezero"
     keys_to_ignore_at_inference = ["past_key_values"]
+    # or every reader of a size that some layer overrides gets an error, also `getattr` with a default
+    allow_global_per_layer_attribute_access = True
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -135,6 +143,7 @@ class ReZeroConfig(PreTrainedConfig):
         if self.final_norm is None:
             self.final_norm = self.norm_position == "pre"
         super().__post_init__(**kwargs)
+        self.validate_architecture()  # here already: `strict` calls it too, but hides the ValueError in another error
 
     def validate_architecture(self):
         """Refuse values that no model can be built from, each with one message that says what to do."""
@@ -146,20 +155,57 @@ class ReZeroConfig(PreTrainedConfig):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
-        for layer in self.per_layer_config:
-            _validate_heads(layer)
+        self._validate_overrides()
+        layers = list(self.per_layer_config)
+        for i, layer in enumerate(layers):
+            _validate_layer(layer, f"layer {i}: " if self.is_heterogeneous else "")
+        if layers and not any(layer.num_attention_heads for layer in layers):
+            raise ValueError(
+                f"num_attention_heads is 0 in all {len(layers)} layers, so that no token sees another: "
+                f"keep the heads of at least one layer."
+            )
+
+    def _validate_overrides(self):
+        overrides = [item for sizes in self.to_dict().get("per_layer_config", {}).values() for item in sizes.items()]
+        for name, size in overrides:
+            if name not in PER_LAYER_SIZES or not isinstance(size, int) or size < 0:
+                raise ValueError(
+                    f"per_layer_config sets {name}={size!r}: a layer may have its own {', '.join(PER_LAYER_SIZES)}, "
+                    f"each a whole number, 0 to do without."
+                )
+        for name in PER_LAYER_SIZES:
+            if getattr(self, name) < (0 if name in dict(overrides) else 1):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} came for every layer: give a positive number, "
+                    f"and 0 in per_layer_config to the layers that do without."
+                )
 
 
-def _validate_heads(layer):
-    heads, kv_heads, head_dim = layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim
-    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+def _validate_layer(layer, where):
+    heads, kv_heads, width = (getattr(layer, name) for name in PER_LAYER_SIZES)
+    if bool(heads) != bool(kv_heads):
         raise ValueError(
-            f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}: "
+            f"{where}num_attention_heads={heads} with num_key_value_heads={kv_heads}: "
+            f"set both to 0 to leave out the attention, or none."
+        )
+    if heads and heads % kv_heads:
+        raise ValueError(
+            f"{where}num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}: "
             f"every key/value head serves the same number of query heads."
         )
-    if layer.position_embedding_type == "rotary" and head_dim % 2:
+    if not heads and not width:
         raise ValueError(
-            f"head_dim={head_dim} is odd: rotary positions turn pairs of features, use an even head_dim "
+            f"{where}num_attention_heads=0 and intermediate_size=0 leave nothing: "
+            f"drop the layer and lower num_hidden_layers."
+        )
+    if not heads and layer.add_cross_attention:
+        raise ValueError(
+            f"{where}num_attention_heads=0, but with add_cross_attention=True every layer reads the encoder: "
+            f"keep at least one head."
+        )
+    if layer.position_embedding_type == "rotary" and layer.head_dim % 2:
+        raise ValueError(
+            f"head_dim={layer.head_dim} is odd: rotary positions turn pairs of features, use an even head_dim "
             f"or position_embedding_type='learned'."
         )
 

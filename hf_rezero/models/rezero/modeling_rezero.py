@@ -169,8 +169,10 @@ class ReZeroAttention(nn.Module):
         self.is_causal = is_causal
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        # `config` stays the model's own, or a change of its `_attn_implementation` would not arrive here
+        sizes = config.per_layer_config[layer_idx]
+        self.num_key_value_groups = sizes.num_attention_heads // sizes.num_key_value_heads
+        width, kv_width = sizes.num_attention_heads * self.head_dim, sizes.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
@@ -240,27 +242,32 @@ class ReZeroCrossAttention(ReZeroAttention):
 class ReZeroMLP(nn.Module):
     """down_proj(act(up_proj(x)))."""
 
-    def __init__(self, config: ReZeroConfig):
+    def __init__(self, config: ReZeroConfig, intermediate_size: int):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
 class ReZeroLayer(GradientCheckpointingLayer):
-    """x <- x + resweight * SelfAttention(x); x <- x + resweight * MLP(x), with cross-attention between when asked for."""
+    """x <- x + resweight * SelfAttention(x); x <- x + resweight * MLP(x), with cross-attention between when asked for.
+
+    A sublayer of size 0 in `config.per_layer_config` is None and is passed over.
+    """
 
     def __init__(self, config: ReZeroConfig, layer_idx: int):
         super().__init__()
         self.norm_position = config.norm_position
         self.dropout = config.hidden_dropout
-        self.self_attn = ReZeroAttention(config, layer_idx, is_causal=config.is_causal)
+        sizes = config.per_layer_config[layer_idx]
+        has_attention, width = sizes.num_attention_heads > 0, sizes.intermediate_size
+        self.self_attn = ReZeroAttention(config, layer_idx, is_causal=config.is_causal) if has_attention else None
         if config.add_cross_attention:
             self.cross_attn = ReZeroCrossAttention(config, layer_idx, is_causal=False)
-        self.mlp = ReZeroMLP(config)
+        self.mlp = ReZeroMLP(config, width) if width else None
         sublayers = [name for name, _ in self.named_children()]
         self.shared = config.resweight_sharing == "layer"
         self.residuals = nn.ModuleDict(
@@ -292,14 +299,15 @@ class ReZeroLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        hidden_states = self.connect(
-            "self_attn",
-            hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
+        if self.self_attn is not None:
+            hidden_states = self.connect(
+                "self_attn",
+                hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
         if encoder_hidden_states is not None:
             hidden_states = self.connect(
                 "cross_attn",
@@ -309,7 +317,7 @@ class ReZeroLayer(GradientCheckpointingLayer):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return self.connect("mlp", hidden_states)
+        return self.connect("mlp", hidden_states) if self.mlp is not None else hidden_states
 
 
 class ReZeroPreTrainedModel(PreTrainedModel):
@@ -326,6 +334,8 @@ class ReZeroPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # pruning reads this: a layer that lost heads, width or a whole sublayer can be described by the config alone
+    _supports_per_layer_config = True
     _can_record_outputs = {
         "hidden_states": ReZeroLayer,
         "attentions": OutputRecorder(ReZeroAttention, index=1, layer_name="self_attn"),
@@ -407,6 +417,7 @@ class ReZeroModel(ReZeroPreTrainedModel):
 
     def __init__(self, config: ReZeroConfig):
         super().__init__(config)
+        config.validate_architecture()  # again: EncoderDecoderModel sets `add_cross_attention` on a finished config
         scale = config.embedding_std / config.initializer_range if config.tie_word_embeddings else 1.0
         self.embed_tokens = ReZeroTokenEmbedding(config.vocab_size, config.hidden_size, scale)
         if config.position_embedding_type == "learned":
@@ -415,11 +426,21 @@ class ReZeroModel(ReZeroPreTrainedModel):
             self.embed_positions = ReZeroSinusoidalPositions(config.hidden_size)
         else:
             self.rotary_emb = ReZeroRotaryEmbedding(config)
-        per_layer = config.per_layer_config
-        self.layers = nn.ModuleList(ReZeroLayer(per_layer[i], i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(ReZeroLayer(config, i) for i in range(config.num_hidden_layers))
+        self.number_attention_layers()
         self.norm = _make_norm(config) if config.final_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def number_attention_layers(self):
+        """Give slot k of the key/value cache to the k-th layer that has attention; call it again after surgery.
+
+        A cache takes the length of slot 0 for its own, so that slot must not stay empty.
+        """
+        for slot, layer in enumerate(layer for layer in self.layers if layer.self_attn is not None):
+            layer.self_attn.layer_idx = slot
+            if self.config.add_cross_attention:
+                layer.cross_attn.layer_idx = slot
 
     @merge_with_config_defaults
     @capture_outputs
@@ -528,6 +549,13 @@ class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _get_static_cache_init_shape(self):
+        """Head counts in the order of `number_attention_layers`, where `generate` asks for them layer by layer."""
+        shape = super()._get_static_cache_init_shape()
+        if shape is None or isinstance(shape[0], int):
+            return shape
+        return sorted(shape[0], key=bool, reverse=True), shape[1]
 
     @can_return_tuple
     def forward(

@@ -1,0 +1,41 @@
+"""Structured pruning with learned masks or scores, ending in a physically smaller model; torch only, any module."""
+
+from .costs import weight_seconds, weight_uses
+from .groups import Cut, PruningGroup, find_groups
+from .masks import L0MaskLayer, L1MaskLayer, Masks, attach_masks, finalize_masks
+from .report import PruningReport
+from .scores import apoz, first_k, magnitude, random, reinitialize_, taylor
+from .sparsity import Sizes, select, unit_costs
+from .storage import load_pruned, save_pruned
+from .surgery import carry_state_, mean_activations, prune_, recalibrate_batchnorm_, remove_pruned_
+
+
+__all__ = [
+    "Cut",
+    "L0MaskLayer",
+    "L1MaskLayer",
+    "Masks",
+    "PruningGroup",
+    "PruningReport",
+    "Sizes",
+    "apoz",
+    "attach_masks",
+    "carry_state_",
+    "finalize_masks",
+    "find_groups",
+    "first_k",
+    "load_pruned",
+    "magnitude",
+    "mean_activations",
+    "prune_",
+    "random",
+    "recalibrate_batchnorm_",
+    "reinitialize_",
+    "remove_pruned_",
+    "save_pruned",
+    "select",
+    "taylor",
+    "unit_costs",
+    "weight_seconds",
+    "weight_uses",
+]

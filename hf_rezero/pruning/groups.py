@@ -1,0 +1,382 @@
+"""What can be cut out of a model together: heads, neurons, channels, layers, residual width."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import nn
+
+
+TARGETS = ("heads", "neurons", "channels", "layers", "sublayers", "width")
+PASSING = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus),
+    *(nn.Hardswish, nn.Mish, nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd),
+    *(nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd),
+)
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+# query, key, value and output projections, from the module that owns them all
+ATTENTIONS = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("self.query", "self.key", "self.value", "output.dense"),
+    ("q_lin", "k_lin", "v_lin", "out_lin"),
+)
+HEAD_ATTRIBUTES = ("num_heads", "n_heads", "num_attention_heads", "num_key_value_heads")
+# what produces the neurons, and what reads them
+FEED_FORWARDS = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("up_proj",), "down_proj"),
+    (("c_fc",), "c_proj"),
+    (("intermediate.dense",), "output.dense"),
+    (("lin1",), "lin2"),
+    (("linear1",), "linear2"),
+)
+# the last projection of each branch of a layer whose branches read normed input, x + F(N(x))
+PRE_NORM_BRANCHES = (
+    ("input_layernorm", ("self_attn.o_proj", "mlp.down_proj")),
+    ("ln_1", ("attn.c_proj", "mlp.c_proj")),
+)
+
+
+class Cut(NamedTuple):
+    """Unit i owns the entries from `offset + i * size` to `offset + (i + 1) * size` of dimension `dim` of a tensor."""
+
+    tensor: str
+    dim: int
+    size: int = 1
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class PruningGroup:
+    """Units that can be removed one by one without changing what the others compute.
+
+    Attributes:
+        name: Qualified name of the module that the units belong to.
+        kind: One of `TARGETS`.
+        num_units: How many units there are.
+        readers: Where the value of a unit is multiplied by weights: a mask scales these entries, and removal takes
+            them out.
+        cuts: Further entries that go with a unit: the rows that produce it, their biases, its batch norm.
+        attributes: Numbers that modules keep beside their tensors: module, attribute, amount for one unit.
+        parts: For layers, the module that is removed with each unit; empty for units of tensors.
+        gates: For layers, the tensors of each unit that its mask scales.
+
+    Example:
+        Two layers of a model that no rule knows:
+
+        >>> from torch import nn
+        >>> from hf_rezero.pruning import Cut, PruningGroup
+        >>> model = nn.ModuleDict({"a": nn.Linear(4, 6), "b": nn.Linear(6, 2)})
+        >>> PruningGroup("a", "neurons", 6, (Cut("b.weight", 1),), (Cut("a.weight", 0), Cut("a.bias", 0))).num_units
+        6
+    """
+
+    name: str
+    kind: str
+    num_units: int
+    readers: tuple[Cut, ...] = ()
+    cuts: tuple[Cut, ...] = ()
+    attributes: tuple[tuple[str, str, int], ...] = ()
+    parts: tuple[str, ...] = ()
+    gates: tuple[tuple[str, ...], ...] = ()
+
+
+def find_groups(model: nn.Module, targets: Sequence[str] = ("heads", "neurons", "channels")) -> list[PruningGroup]:
+    """Everything of the wanted kinds that can be removed exactly.
+
+    - heads: whole key/value groups of every attention with separate projections, or GPT-2's fused one
+    - neurons: of feed-forward layers, gated or not, and of linear layers that follow each other in a `Sequential`
+    - channels: of convolutions that follow each other in a `Sequential` or a residual block; sums are left alone
+    - layers, sublayers: residual branches that their own residual weight or last projection can switch off
+    - width: features of the residual stream of a ReZero text model without norm
+
+    Args:
+        model: ReZero models, GPT-2, BERT, RoBERTa, DistilBERT, Llama and its like, conv nets of `Sequential`s and
+            residual blocks; other models by `PruningGroup`s of your own.
+        targets: Any of heads, neurons, channels, layers, sublayers, width.
+
+    Raises:
+        ValueError: An unknown target, a model for which there is no rule, or quantised or sharded weights.
+
+    Example:
+        >>> from torch import nn
+        >>> from hf_rezero.pruning import find_groups
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 9, 5), nn.Tanh(), nn.Linear(5, 2))
+        >>> [(group.name, group.kind, group.num_units) for group in find_groups(net)]
+        [('3', 'neurons', 5), ('0', 'channels', 8)]
+    """
+    unknown = [target for target in targets if target not in TARGETS]
+    if unknown or not targets:
+        raise ValueError(f"targets={tuple(targets)} came: expected some of {', '.join(TARGETS)}.")
+    _check_plain(model)
+    rules: dict[str, Callable[[nn.Module], Iterable[PruningGroup]]] = {
+        "heads": _heads,
+        "neurons": _neurons,
+        "channels": _channels,
+        "layers": _layers,
+        "sublayers": _sublayers,
+        "width": _width,
+    }
+    groups = [group for target in TARGETS if target in targets for group in rules[target](model)]
+    if not groups:
+        raise ValueError(
+            f"no rule finds {', '.join(targets)} in {type(model).__name__}: choose other targets, or describe its "
+            f"units in PruningGroups of your own."
+        )
+    return groups
+
+
+def _check_plain(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        plain = type(parameter.data).__name__ == "Tensor" and parameter.is_floating_point()
+        if not plain or parameter.is_meta:
+            raise ValueError(
+                f"{name} is a {type(parameter.data).__name__} of {parameter.dtype} on {parameter.device}: prune the "
+                f"whole model in floating point first, then quantise it or share it out."
+            )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("the model is quantised: prune it in floating point first, then quantise it.")
+
+
+def child(module: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of this dotted name, or None."""
+    for part in name.split("."):
+        module = getattr(module, part, None)
+        if module is None:
+            return None
+    return module
+
+
+def output_dim(module: nn.Module) -> int:
+    """The dimension of the weight that counts the outputs; `Conv1D` of transformers has inputs first."""
+    return 1 if type(module).__name__ == "Conv1D" else 0
+
+
+def _rows(name: str, module: nn.Module, size: int = 1, offset: int = 0) -> Iterator[Cut]:
+    """The entries that produce outputs: of the weight, and of the bias where there is one."""
+    yield Cut(f"{name}.weight", output_dim(module), size, offset)
+    if module.bias is not None:
+        yield Cut(f"{name}.bias", 0, size, offset)
+
+
+def _columns(name: str, module: nn.Module, size: int = 1) -> Cut:
+    return Cut(f"{name}.weight", 1 - output_dim(module), size)
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _heads(model: nn.Module) -> Iterator[PruningGroup]:
+    if getattr(getattr(model, "config", None), "add_cross_attention", False):
+        return  # a config has one head count for the two attentions of a layer
+    for name, module in model.named_modules():
+        for names in ATTENTIONS:
+            q, k, v, o = (child(module, part) for part in names)
+            # an attention inside an attention module is found by the inner one
+            if all(isinstance(part, nn.Linear) for part in (q, k, v, o)):
+                yield _separate_heads(name, module, names)
+                break
+        if type(child(module, "c_attn")).__name__ == "Conv1D" and not getattr(module, "is_cross_attention", False):
+            yield _fused_heads(name, module)
+
+
+def _separate_heads(name: str, module: nn.Module, names: Sequence[str]) -> PruningGroup:
+    q, k, v, o = (child(module, part) for part in names)
+    owner = "self" if names[0].startswith("self.") else ""
+    inner = child(module, owner) if owner else module
+    head_dim = getattr(inner, "head_dim", None) or inner.attention_head_size
+    units = k.out_features // head_dim
+    in_group = q.out_features // k.out_features
+    sizes = zip(names, (q, k, v), (head_dim * in_group, head_dim, head_dim), strict=False)
+    cuts = [cut for part, linear, size in sizes for cut in _rows(_join(name, part), linear, size)]
+    attributes = [
+        (_join(name, owner), attribute, 1 if attribute == "num_key_value_heads" else in_group)
+        for attribute in HEAD_ATTRIBUTES
+        if hasattr(inner, attribute)
+    ]
+    if hasattr(inner, "all_head_size"):
+        attributes.append((_join(name, owner), "all_head_size", head_dim))
+    readers = (_columns(_join(name, names[3]), o, head_dim * in_group),)
+    return PruningGroup(name, "heads", units, readers, tuple(cuts), tuple(attributes))
+
+
+def _fused_heads(name: str, module: nn.Module) -> PruningGroup:
+    head_dim, width = module.head_dim, module.split_size
+    cuts = [cut for third in range(3) for cut in _rows(_join(name, "c_attn"), module.c_attn, head_dim, third * width)]
+    readers = (_columns(_join(name, "c_proj"), module.c_proj, head_dim),)
+    attributes = ((name, "num_heads", 1), (name, "split_size", head_dim))
+    return PruningGroup(name, "heads", width // head_dim, readers, tuple(cuts), attributes)
+
+
+def _neurons(model: nn.Module) -> Iterator[PruningGroup]:
+    for name, module in model.named_modules():
+        for producers, reader in FEED_FORWARDS:
+            found = [child(module, part) for part in (*producers, reader)]
+            if all(_is_linear(part) for part in found) and child(module, "c_attn") is None:
+                cuts = [
+                    cut
+                    for part, linear in zip(producers, found, strict=False)
+                    for cut in _rows(_join(name, part), linear)
+                ]
+                readers = (_columns(_join(name, reader), found[-1]),)
+                units = found[0].weight.shape[output_dim(found[0])]
+                yield PruningGroup(name, "neurons", units, readers, tuple(cuts))
+                break
+    yield from (group for group in _chains(model) if group.kind == "neurons")
+
+
+def _channels(model: nn.Module) -> Iterator[PruningGroup]:
+    yield from (group for group in _chains(model) if group.kind == "channels")
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _chains(model: nn.Module) -> Iterator[PruningGroup]:
+    """Layers that feed each other and nothing else, in the longest chains that hold them."""
+    seen: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module not in seen:
+            yield from _chain_groups(list(_chain(name, module, seen)))
+
+
+def _is_chain(module: nn.Module) -> bool:
+    """Whether the children run one after the other: a `Sequential`, or convolution - normalization - activation."""
+    names = [name for name, _ in module.named_children()]
+    runs_all = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return runs_all or names[:2] == ["convolution", "normalization"]
+
+
+def _chain(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """The leaves that run in a row: of a `Sequential`, or the branch conv1, norm, ..., conv2 of a residual block."""
+    seen.add(module)
+    children = list(module.named_children())
+    if not _is_chain(module):
+        numbered = re.compile(r"(conv|bn|norm|act|relu)\d*")
+        children = [pair for pair in children if numbered.fullmatch(pair[0])]
+        if sum(isinstance(m, nn.modules.conv._ConvNd) for _, m in children) < 2:
+            return
+    for part, leaf in children:
+        if _is_chain(leaf):
+            yield from _chain(_join(name, part), leaf, seen)
+        else:
+            yield _join(name, part), leaf
+
+
+def _chain_groups(leaves: Sequence[tuple[str, nn.Module]]) -> Iterator[PruningGroup]:
+    layers = [i for i, (_, leaf) in enumerate(leaves) if _has_units(leaf)]
+    for first, last in pairwise(layers):
+        between = leaves[first + 1 : last]
+        if all(_passes(leaf) for _, leaf in between):
+            yield _chain_group(leaves[first], between, leaves[last])
+
+
+def _has_units(module: nn.Module) -> bool:
+    is_plain_conv = isinstance(module, nn.modules.conv._ConvNd) and not module.transposed and module.groups == 1
+    return is_plain_conv or isinstance(module, nn.Linear)
+
+
+def _passes(module: nn.Module) -> bool:
+    """Whether the module acts on each channel by itself, without parameters other than those of a batch norm."""
+    is_activation = type(module).__module__ == "transformers.activations"
+    return isinstance(module, (*PASSING, BATCH_NORM)) or is_activation
+
+
+def _chain_group(producer, between, reader) -> PruningGroup:
+    (name, layer), (reader_name, next_layer) = producer, reader
+    units = layer.weight.shape[0]
+    cuts = list(_rows(name, layer))
+    for norm_name, norm in between:
+        tensors = ("weight", "bias", "running_mean", "running_var") if isinstance(norm, BATCH_NORM) else ()
+        cuts += [Cut(_join(norm_name, t), 0) for t in tensors if getattr(norm, t) is not None]
+    # a flattened picture has height * width columns for each channel
+    columns = _columns(reader_name, next_layer, next_layer.weight.shape[1] // units)
+    kind = "neurons" if isinstance(layer, nn.Linear) else "channels"
+    return PruningGroup(name, kind, units, (columns,), tuple(cuts))
+
+
+def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
+            yield name, module
+
+
+def _layers(model: nn.Module) -> Iterator[PruningGroup]:
+    for name, stack in _stacks(model):
+        gates = [_gates(model, _join(name, str(i)), layer) for i, layer in enumerate(stack)]
+        parts = [_join(name, str(i)) for i in range(len(stack))]
+        found = [(part, gate) for part, gate in zip(parts, gates, strict=True) if gate]
+        if found:
+            yield PruningGroup(
+                name, "layers", len(found), parts=tuple(p for p, _ in found), gates=tuple(g for _, g in found)
+            )
+
+
+def _gates(model: nn.Module, name: str, layer: nn.Module) -> tuple[str, ...]:
+    """The tensors that switch a whole layer off, leaving the identity; empty if there are none."""
+    config = getattr(model, "config", None)
+    if not _is_residual(config):
+        return ()
+    shortcuts = (child(layer, "shortcut"), child(layer, "downsample"))
+    if not all(shortcut is None or isinstance(shortcut, nn.Identity) for shortcut in shortcuts):
+        return ()
+    own = re.compile(r"(residuals\.\w+\.)?resweight")
+    resweights = tuple(_join(name, n) for n, _ in layer.named_parameters() if own.fullmatch(n))
+    if resweights:
+        return resweights
+    for norm, branches in PRE_NORM_BRANCHES:
+        projections = [child(layer, branch) for branch in branches]
+        if child(layer, norm) is not None and all(_is_linear(p) for p in projections):
+            both = zip(branches, projections, strict=True)
+            return tuple(cut.tensor for b, p in both for cut in _rows(_join(name, b), p))
+    return ()
+
+
+def _is_residual(config) -> bool:
+    """Whether a branch that is switched off leaves its input unchanged."""
+    norm_position = getattr(config, "norm_position", "none")
+    by_depth = getattr(config, "scale_attn_by_inverse_layer_idx", False)
+    cross = getattr(config, "add_cross_attention", False)
+    return norm_position in ("none", "pre") and getattr(config, "skip_connection", True) and not by_depth and not cross
+
+
+def _sublayers(model: nn.Module) -> Iterator[PruningGroup]:
+    """Attentions and feed-forward layers one by one, where a layer can do without (its attribute may be None)."""
+    config = getattr(model, "config", None)
+    if not getattr(model, "_supports_per_layer_config", False) or not _is_residual(config):
+        return
+    for name, stack in _stacks(model):
+        for kind, last in (("self_attn", "o_proj"), ("mlp", "down_proj")):
+            found = [
+                (_join(name, str(i), kind), child(layer, f"{kind}.{last}"))
+                for i, layer in enumerate(stack)
+                if _is_linear(child(layer, f"{kind}.{last}"))
+            ]
+            if len(found) > 1:
+                gates = tuple(tuple(cut.tensor for cut in _rows(_join(part, last), p)) for part, p in found)
+                parts = tuple(part for part, _ in found)
+                yield PruningGroup(f"{name}.*.{kind}", "sublayers", len(found), parts=parts, gates=gates)
+
+
+def _width(model: nn.Module) -> Iterator[PruningGroup]:
+    """The residual stream: all that writes to it and all that reads from it; exact only without any norm."""
+    config = getattr(model, "config", None)
+    exact = getattr(model, "_supports_per_layer_config", False) and not getattr(config, "add_cross_attention", False)
+    exact = exact and config.norm_position == "none" and not config.final_norm
+    if not exact or config.position_embedding_type == "sinusoidal":
+        return
+    readers, cuts = [], []
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if last in ("q_proj", "k_proj", "v_proj", "up_proj", "lm_head", "score"):
+            readers.append(_columns(name, module))
+        elif last in ("o_proj", "down_proj"):
+            cuts += _rows(name, module)
+        elif isinstance(module, nn.Embedding):
+            cuts.append(Cut(f"{name}.weight", 1))
+    yield PruningGroup("", "width", config.hidden_size, tuple(readers), tuple(cuts))

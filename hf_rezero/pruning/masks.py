@@ -1,0 +1,529 @@
+"""Masks that learn which units of a model to keep: L1 mask layers and L0 hard-concrete gates.
+
+A mask is a factor for each unit, after its activation. As the value of a unit is only ever multiplied by weights, the
+factors are multiplied into these weights, W x diag(z): the same product as masking the activations, at a cost that does
+not grow with the batch, and the very operation that folds the mask in the end.
+"""
+
+import math
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+
+import torch
+from torch import nn
+
+from .groups import Cut, PruningGroup
+from .schedule import Penalty, make_penalty
+from .sparsity import Sizes, keep_above, of_kind, openness_of, select, unit_costs
+
+
+STRETCH = -0.1, 1.1
+LOG_RATIO = math.log(-STRETCH[0] / STRETCH[1])  # -2.398
+
+
+class L1MaskLayer(nn.Module):
+    """Factors that start at 1 and are pulled to 0 by their absolute values; small ones are caught there.
+
+    Args:
+        num_units: Number of factors.
+        capture: A factor that falls below this stays 0 for ever; it must be more than one step of the optimizer.
+
+    Example:
+        >>> L1MaskLayer(3)()
+        tensor([1., 1., 1.], grad_fn=<ViewBackward0>)
+    """
+
+    kind = "l1"
+
+    def __init__(self, num_units: int, capture: float = 0.02):
+        super().__init__()
+        self.capture = capture
+        self.mask = nn.Parameter(torch.ones(num_units))
+        self.register_buffer("captured", torch.zeros(num_units, dtype=torch.bool))
+
+    def forward(self, num_examples: int | None = None) -> torch.Tensor:
+        return self.mask.view_as(self.mask)
+
+    def penalties(self) -> torch.Tensor:
+        """|m| of each unit."""
+        return self.mask.abs()
+
+    def openness(self) -> torch.Tensor:
+        """Whether each unit is still there."""
+        return (self.mask.detach() != 0).float()
+
+    def estimate(self) -> torch.Tensor:
+        """The factors as they are."""
+        return self.mask.detach().clone()
+
+    def scores(self) -> torch.Tensor:
+        """Higher is more useful."""
+        return self.mask.detach().abs()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Put what was caught back to 0: the momentum of an optimizer moves it."""
+        self.mask.masked_fill_(self.captured, 0.0)
+
+    def catch(self, protected: torch.Tensor) -> None:
+        """Catch what has become small, except units of `protected`."""
+        self.captured |= (self.mask.detach().abs() < self.capture) & ~protected
+        self.settle()
+
+
+class L0MaskLayer(nn.Module):
+    """Hard-concrete gates (Louizos et al. 2017, arXiv:1712.01312, equations 10 to 13).
+
+    u ~ U(0, 1), s = sigmoid((log u - log(1 - u) + log_alpha) / beta), z = min(1, max(0, 1.2 s - 0.1)). The penalty is
+    P(z != 0) = sigmoid(log_alpha - beta log(0.1 / 1.1)).
+
+    Args:
+        num_units: Number of gates.
+        beta: Temperature; below 0.1 use `per_example`, or the gradient is all noise.
+        log_alpha: Initial location; 2.5 is just above 2.398, where the deterministic gate is exactly 1.
+        penalty: "sigmoid", or "hard_sigmoid": clip((log_alpha + 4) / 8, 0, 1), a stronger pull near the start.
+        estimator: The gate without noise: "paper", min(1, max(0, 1.2 sigmoid(log_alpha) - 0.1)), or "threshold", 1 where
+            log_alpha >= 0, else 0.
+        per_example: One sample for each example instead of one for the batch.
+
+    Example:
+        >>> L0MaskLayer(2).eval()()
+        tensor([1., 1.])
+    """
+
+    kind = "l0"
+
+    def __init__(
+        self,
+        num_units: int,
+        beta: float = 2 / 3,
+        log_alpha: float = 2.5,
+        penalty: str = "sigmoid",
+        estimator: str = "paper",
+        per_example: bool = False,
+    ):
+        super().__init__()
+        self.penalty, self.estimator, self.per_example = penalty, estimator, per_example
+        self.limit = 4.0 if penalty == "hard_sigmoid" else math.log(100)
+        self.log_alpha = nn.Parameter(torch.full((num_units,), log_alpha))
+        self.register_buffer("beta", torch.tensor(beta))
+
+    def forward(self, num_examples: int | None = None) -> torch.Tensor:
+        """Gates of shape (units,), or (num_examples, units) when they are sampled for each example."""
+        if not self.training:
+            return self.estimate()
+        shape = (num_examples, *self.log_alpha.shape) if self.per_example else self.log_alpha.shape
+        u = torch.empty(shape, device=self.log_alpha.device).uniform_(1e-6, 1 - 1e-6)
+        s = torch.sigmoid((u.log() - (-u).log1p() + self.log_alpha) / self.beta)
+        return _stretch(s)
+
+    def penalties(self) -> torch.Tensor:
+        """The penalty of each unit."""
+        if self.penalty == "hard_sigmoid":
+            return ((self.log_alpha + 4) / 8).clamp(0, 1)
+        return self.openness()
+
+    def openness(self) -> torch.Tensor:
+        """P(z != 0) of each unit."""
+        return torch.sigmoid(self.log_alpha - self.beta * LOG_RATIO)
+
+    def estimate(self) -> torch.Tensor:
+        """The gates without noise."""
+        if self.estimator == "threshold":
+            return (self.log_alpha.detach() >= 0).float()
+        return _stretch(torch.sigmoid(self.log_alpha.detach()))
+
+    def scores(self) -> torch.Tensor:
+        """Higher is more useful."""
+        return self.log_alpha.detach()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Keep the locations where the penalty has a gradient."""
+        self.log_alpha.clamp_(-self.limit, self.limit)
+
+    @torch.no_grad()
+    def catch(self, protected: torch.Tensor) -> None:
+        """Nothing is caught; units of `protected` stay open."""
+        self.log_alpha.copy_(torch.where(protected, self.log_alpha.clamp(min=-LOG_RATIO), self.log_alpha))
+
+
+def _stretch(s: torch.Tensor) -> torch.Tensor:
+    low, high = STRETCH
+    return (s * (high - low) + low).clamp(0, 1)
+
+
+class Masks(nn.Module):
+    """The masks of all groups of a model, as one vector; the submodule `pruning_masks` of the model they are attached to.
+
+    `masks.penalty()` is added to the loss of a step, `masks.before_step()` and `masks.after_step()` stand around the
+    optimizer's. Give `masks.parameters()` a group of their own without weight decay.
+
+    Args:
+        model: The model that the masks act on.
+        groups: Its groups.
+        layer: One `L1MaskLayer` or `L0MaskLayer` for all units of all groups, in their order.
+        weights: What the penalty of each unit is multiplied by (units of all groups,).
+        pull: The penalty, see `Penalty`.
+        min_keep: Units of each group that are never caught, or by kind.
+        sphere: Keep the norm of the weights that read each unit, |W_i| = const.
+        alternate_steps: Train the weights and the masks in turn, so many steps each; 0: both always.
+        hold_resweight: Do not train residual weights beside masks: they would grow as the masks shrink.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[PruningGroup],
+        layer: "L1MaskLayer | L0MaskLayer",
+        weights: torch.Tensor,
+        pull: Penalty,
+        *,
+        min_keep: int | Mapping[str, int] = 1,
+        sphere: bool = False,
+        alternate_steps: int = 0,
+        hold_resweight: bool = True,
+    ):
+        super().__init__()
+        self.groups, self.layer, self.pull, self.min_keep = list(groups), layer, pull, min_keep
+        self.alternate_steps, self.hold_resweight = alternate_steps, hold_resweight
+        self.sizes = Sizes(model, groups)
+        self.register_buffer("weights", weights)
+        self._counts = [group.num_units for group in groups]
+        self._current, self._handles = None, []
+        self._model = [model]  # in a list, or the model would be its own grandchild
+        self._sphere = _Sphere(model, groups) if sphere else None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that the masks act on."""
+        return self._model[0]
+
+    def forward(self, x):
+        """The identity: a `Sequential` runs all its children."""
+        return x
+
+    def split(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One value for each unit of all groups -> by group."""
+        parts = values.split(self._counts, dim=-1)
+        return {group.name: part for group, part in zip(self.groups, parts, strict=True)}
+
+    def current(self) -> dict[str, torch.Tensor]:
+        """The factors of the running forward pass, or those without noise."""
+        if self._current is None:
+            return self.split(self.layer.estimate())
+        return self._current
+
+    def openness(self) -> dict[str, torch.Tensor]:
+        """How open each unit is, 0 to 1, by group; differentiable."""
+        return self.split(self.layer.openness())
+
+    def expected_sparsity(self) -> torch.Tensor:
+        """The fraction of the prunable parameters that is expected to go; differentiable."""
+        return self.sizes.sparsity(self.openness())
+
+    def penalty(self) -> torch.Tensor:
+        """lambda * sum of weight_i * |m_i|, or of weight_i * P(z_i != 0), or what steers to the target sparsity."""
+        return self.pull(self)
+
+    def before_step(self) -> None:
+        """Drop the gradients of what does not move in this step; an optimizer skips tensors without gradient."""
+        own = {id(p) for p in self.parameters()}
+        masks_turn = not self.alternate_steps or int(self.pull.steps) // self.alternate_steps % 2 == 1
+        weights_turn = not self.alternate_steps or not masks_turn
+        for name, parameter in self.model.named_parameters():
+            is_mask = id(parameter) in own
+            held = self.hold_resweight and name.rpartition(".")[2] == "resweight"
+            if held or not (masks_turn if is_mask else weights_turn):
+                parameter.grad = None
+
+    def after_step(self) -> None:
+        """Catch, clamp and count, after the optimizer's step."""
+        if self._sphere is not None:
+            self._sphere.project()
+        self.layer.settle()
+        self.layer.catch(self.protected() | self._beyond_target())
+        self.pull.after_step(self)
+        self._current = None
+
+    def protected(self) -> torch.Tensor:
+        """The best `min_keep` units of each group (units of all groups,)."""
+        best = []
+        for group, scores in zip(self.groups, self.layer.scores().split(self._counts), strict=True):
+            floor = min(of_kind(self.min_keep, group), group.num_units)
+            mask = torch.zeros_like(scores, dtype=torch.bool)
+            best.append(mask.index_fill_(0, scores.topk(floor).indices, True))
+        return torch.cat(best)
+
+    def _beyond_target(self) -> torch.Tensor:
+        """L1 masks that may be small and must not be caught yet: the target of this step is met without them."""
+        closed = self.layer.scores() == 0
+        if self.layer.kind != "l1" or self.pull.target_sparsity is None:
+            return torch.zeros_like(closed)
+        order = self.layer.scores().argsort(stable=True)
+        target = self.pull.warmup() * self.pull.target_sparsity
+
+        def sparsity(count: int) -> float:
+            openness = torch.ones(len(order), device=order.device).index_fill_(0, order[:count], 0.0)
+            return float(self.sizes.sparsity(self.split(openness)))
+
+        count = bisect_left(range(len(order) + 1), target, lo=int(closed.sum()), key=sparsity)
+        return torch.ones_like(closed).index_fill_(0, order[:count], False)
+
+    def polarisation(self) -> float:
+        """The fraction of L0 gates that are neither surely open nor surely closed; 0 for L1."""
+        if self.layer.kind == "l1":
+            return 0.0
+        return float((self.layer.log_alpha.detach().abs() < -LOG_RATIO).float().mean())
+
+    def detach_(self) -> None:
+        """Take the masks off the model, leaving its weights as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if getattr(self.model, "pruning_masks", None) is self:
+            del self.model.pruning_masks
+
+    def _attach(self) -> None:
+        by_module = defaultdict(list)
+        for group in self.groups:
+            for reader in group.readers:
+                by_module[reader.tensor.rpartition(".")[0]].append((reader, group.name, None))
+            for unit, tensors in enumerate(group.gates):
+                for tensor in tensors:
+                    by_module[tensor.rpartition(".")[0]].append((Cut(tensor, -1), group.name, unit))
+        for name, factors in by_module.items():
+            module = self.model.get_submodule(name)
+            scaling = _Scaling(self, module, factors)
+            self._handles += [
+                module.register_forward_pre_hook(scaling.enter),
+                module.register_forward_hook(scaling.leave, always_call=True),
+            ]
+        self._handles.append(self.model.register_forward_pre_hook(self._sample, with_kwargs=True, prepend=True))
+        self.model.pruning_masks = self
+
+    def _sample(self, module, args, kwargs) -> None:
+        """Once for a forward pass, so that a recomputation under gradient checkpointing sees the same factors."""
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim)
+        first = next(tensors, None)
+        self._current = self.split(self.layer(None if first is None else len(first)))
+
+
+class _Scaling:
+    """Hooks that run a module with tensors multiplied by masks."""
+
+    def __init__(self, masks: Masks, module: nn.Module, factors: list[tuple[Cut, str, int | None]]):
+        self.masks, self.module, self.factors, self.originals = masks, module, factors, {}
+
+    def enter(self, module, args):
+        values = self.masks.current()
+        for cut, group, unit in self.factors:
+            z = values[group]
+            if z.ndim == 2:
+                args = (_scale_input(args[0], module, z, cut.size), *args[1:])
+                continue
+            name = cut.tensor.rpartition(".")[2]
+            tensor = module._parameters[name]
+            self.originals.setdefault(name, tensor)
+            module._parameters[name] = scale(tensor, z if unit is None else z[unit], cut)
+        return args
+
+    def leave(self, module, args, output):
+        module._parameters.update(self.originals)
+        self.originals.clear()
+
+
+def scale(tensor: torch.Tensor, z: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """Multiply the entries of each unit by its factor, in fp32, rounded once; `z` without dimension scales all."""
+    if z.ndim:
+        shape = [1] * tensor.ndim
+        shape[cut.dim] = -1
+        z = z.repeat_interleave(cut.size).view(shape)
+    return (tensor * z).to(tensor.dtype)
+
+
+def _scale_input(x: torch.Tensor, module: nn.Module, z: torch.Tensor, size: int) -> torch.Tensor:
+    """Multiply the features of each example (B, ...) by its own factors (B, units)."""
+    z = z.repeat_interleave(size, dim=1).to(x.dtype)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return x * z.view(*z.shape, *[1] * (x.ndim - 2))
+    return x * z.view(len(z), *[1] * (x.ndim - 2), -1)
+
+
+class _Sphere:
+    """|W_i| of the weights that read unit i stays what it was at the start (He et al. 2017)."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[PruningGroup]):
+        tensors = dict(model.named_parameters(remove_duplicate=False))
+        self.readers = [(cut, tensors[cut.tensor]) for group in groups for cut in group.readers]
+        self.norms = [_norms(tensor.detach(), cut) for cut, tensor in self.readers]
+
+    @torch.no_grad()
+    def project(self) -> None:
+        for (cut, tensor), norm in zip(self.readers, self.norms, strict=True):
+            tensor.copy_(scale(tensor, norm / _norms(tensor, cut).clamp(min=1e-12), cut))
+
+
+def _norms(tensor: torch.Tensor, cut: Cut) -> torch.Tensor:
+    squares = tensor.float().square().movedim(cut.dim, 0).flatten(1).sum(1)
+    return squares.view(-1, cut.size).sum(1).sqrt()
+
+
+def attach_masks(
+    model: nn.Module,
+    groups: Sequence[PruningGroup],
+    kind: str = "l1",
+    *,
+    lambda_: float = 1e-3,
+    target_sparsity: float | None = None,
+    warmup_steps: int = 0,
+    branch_lambda: Mapping[str, float] | None = None,
+    module_costs: Mapping[str, float] | str | None = "units",
+    min_keep: int | Mapping[str, int] = 1,
+    sphere: bool = False,
+    alternate_steps: int = 0,
+    hold_resweight: bool = True,
+    **layer_options,
+) -> Masks:
+    """Put a learned mask on every unit of the groups; in eval mode the model computes what it did before, to the bit.
+
+    Args:
+        model: The model; it gains the submodule `pruning_masks`.
+        groups: From `find_groups`, or made by hand.
+        kind: "l1" for `L1MaskLayer`, "l0" for `L0MaskLayer`, whose arguments follow in `layer_options`.
+        lambda_: Factor of the penalty; for L1 with a target only where it starts, for L0 with a target unused.
+        target_sparsity: Fraction of the prunable parameters that shall go, instead of a fixed factor.
+        warmup_steps: Steps over which the factor, or the target, grows from 0.
+        branch_lambda: Further factors by kind or by pattern of group names: {"heads": 2.0, "*.layers.0.*": 0.0}.
+        module_costs: What a unit is charged: "units" all alike, "params" its parameters, or as in `unit_costs` for
+            FLOPs and seconds. Charges are divided by their mean.
+        min_keep: Units that stay in each group, or by kind.
+        sphere: See `Masks`; for L1 and groups of units.
+        alternate_steps: See `Masks`.
+        hold_resweight: See `Masks`.
+        layer_options: Arguments of the mask layer.
+
+    Raises:
+        ValueError: Masks are attached already, there are residual weights that have not moved from 0, a compiled model,
+            or options that do not go together.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hf_rezero.pruning import attach_masks, find_groups, remove_pruned_
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> masks = attach_masks(net, find_groups(net), "l1", lambda_=0.1)
+        >>> optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, weight_decay=0.0)
+        >>> for _ in range(50):
+        ...     loss = net(torch.ones(1, 4)).square().mean() + masks.penalty()
+        ...     loss.backward()
+        ...     masks.before_step()
+        ...     optimizer.step()
+        ...     masks.after_step()
+        ...     optimizer.zero_grad()
+        >>> report = remove_pruned_(net, masks)
+        >>> net[0].out_features < 8
+        True
+    """
+    _check_attachable(model, groups, kind, sphere, layer_options)
+    layer_class = {"l1": L1MaskLayer, "l0": L0MaskLayer}[kind]
+    device = next(model.parameters()).device
+    layer = layer_class(sum(group.num_units for group in groups), **layer_options)
+    weights = _weights(model, groups, branch_lambda or {}, module_costs)
+    pull = make_penalty(kind, lambda_, warmup_steps, target_sparsity)
+    options = {"sphere": sphere, "alternate_steps": alternate_steps, "hold_resweight": hold_resweight}
+    masks = Masks(model, groups, layer, weights, pull, min_keep=min_keep, **options).to(device)
+    masks.train(model.training)
+    masks._attach()
+    return masks
+
+
+def _weights(model, groups, branch_lambda: Mapping[str, float], module_costs) -> torch.Tensor:
+    """(units of all groups,), mean 1 before the factors of the branches."""
+    if module_costs == "units":
+        costs = {group.name: torch.ones(group.num_units) for group in groups}
+    else:
+        costs = unit_costs(model, groups, None if module_costs == "params" else module_costs)
+    all_costs = torch.cat([costs[group.name] for group in groups])
+    factors = [
+        math.prod(f for pattern, f in branch_lambda.items() if pattern == group.kind or fnmatch(group.name, pattern))
+        for group in groups
+        for _ in range(group.num_units)
+    ]
+    return all_costs / all_costs.mean() * torch.tensor(factors)
+
+
+def _check_attachable(model, groups, kind: str, sphere: bool, options: Mapping) -> None:
+    if kind not in ("l1", "l0"):
+        raise ValueError(f"kind={kind!r} came: expected 'l1' or 'l0'.")
+    if getattr(model, "pruning_masks", None) is not None:
+        raise ValueError("the model has masks already: remove what they prune, or take them off with masks.detach_().")
+    if not groups:
+        raise ValueError("no groups came: expected those of find_groups(model), or your own.")
+    if len({group.name for group in groups}) < len(groups):
+        raise ValueError("two groups have the same name: expected each unit in one group only.")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("a compiled model came: attach the masks to the model inside, and compile after removal.")
+    if sphere and (kind != "l1" or any(not group.readers for group in groups)):
+        raise ValueError("sphere=True came: expected L1 masks, and groups of units rather than of layers.")
+    if options.get("per_example") and any(group.gates for group in groups):
+        raise ValueError("per_example=True came with layers as a target: their residual weights serve a whole batch.")
+    zero = [n for n, p in model.named_parameters() if n.rpartition(".")[2] == "resweight" and not p.detach().any()]
+    if zero:
+        raise ValueError(
+            f"{len(zero)} residual weights are still 0, first {zero[0]}: nothing behind them can be seen to be useful, "
+            f"so all masks would die. Train first, or attach the masks later."
+        )
+
+
+class FixedMaskLayer(nn.Module):
+    """Factors that are decided."""
+
+    kind = "fixed"
+
+    def __init__(self, factors: torch.Tensor):
+        super().__init__()
+        self.register_buffer("factors", factors)
+
+    def forward(self, num_examples: int | None = None) -> torch.Tensor:
+        return self.factors
+
+    def estimate(self) -> torch.Tensor:
+        """The factors."""
+        return self.factors
+
+
+def finalize_masks(
+    masks: Masks, *, round_to: int | Mapping[str, int] = 1
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Decide: units whose mask is 0 go, and with a target sparsity the weakest others until it is reached.
+
+    From here on the model runs with the decided factors, in training too.
+
+    Args:
+        masks: From `attach_masks`.
+        round_to: Kept units of each group are a multiple of this, or by kind.
+
+    Returns:
+        Sorted indices of the kept units, and the factors of all units with 0 for the others, both by group.
+
+    Raises:
+        ValueError: The target cannot be reached.
+    """
+    factors = masks.split(masks.layer.estimate())
+    scores = {
+        # -1e6 is below any score: what is closed goes first
+        name: torch.where(factors[name] == 0, -1e6 + score, score)
+        for name, score in masks.split(masks.layer.scores()).items()
+    }
+    limits = {"min_keep": masks.min_keep, "round_to": round_to}
+    kept, target = keep_above(masks.groups, scores, -1e5, **limits), masks.pull.target_sparsity
+    if target is not None and float(masks.sizes.sparsity(openness_of(kept, masks.groups))) < target:
+        kept = select(masks.sizes, masks.groups, scores, target, scope="global", **limits)
+    openness = openness_of(kept, masks.groups)
+    factors = {name: factor * openness[name].to(factor) for name, factor in factors.items()}
+    masks.layer = FixedMaskLayer(torch.cat([factors[group.name] for group in masks.groups]))
+    masks._current = None
+    return kept, factors

@@ -1,0 +1,84 @@
+"""How strongly masks are pulled to zero: a fixed factor, or a controller that steers to a wanted sparsity."""
+
+import torch
+from torch import nn
+
+
+class Penalty(nn.Module):
+    """lambda * min(1, step / warmup_steps) * sum of weight_i * penalty_i.
+
+    Args:
+        lambda_: The factor.
+        warmup_steps: Steps in which it grows from 0.
+        target_sparsity: Fraction of the prunable parameters that shall go; steers the factor in the subclasses.
+    """
+
+    def __init__(self, lambda_: float, warmup_steps: int = 0, target_sparsity: float | None = None):
+        super().__init__()
+        if target_sparsity is not None and not 0 < target_sparsity < 1:
+            raise ValueError(f"target_sparsity={target_sparsity} came: expected a fraction between 0 and 1.")
+        self.warmup_steps, self.target_sparsity = warmup_steps, target_sparsity
+        self.register_buffer("lambda_", torch.tensor(float(lambda_)))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def warmup(self) -> float:
+        """The fraction of the warmup that is done."""
+        return min(1.0, (int(self.steps) + 1) / max(1, self.warmup_steps))
+
+    def forward(self, masks) -> torch.Tensor:
+        """The penalty of a step."""
+        return self.warmup() * self.lambda_ * (masks.weights * masks.layer.penalties()).sum()
+
+    def after_step(self, masks) -> None:
+        """Count, and steer."""
+        self.steps += 1
+
+
+class LambdaController(Penalty):
+    """lambda <- lambda exp(gain (target_t - sparsity)), for L1: the factor grows until enough units are caught.
+
+    The target grows linearly over the warmup; once it is reached, nothing more is caught.
+    """
+
+    gain = 0.05
+
+    def forward(self, masks) -> torch.Tensor:
+        return self.lambda_ * (masks.weights * masks.layer.penalties()).sum()
+
+    def after_step(self, masks) -> None:
+        gap = self.warmup() * self.target_sparsity - float(masks.expected_sparsity())
+        self.lambda_ *= torch.tensor(self.gain * gap).exp()
+        super().after_step(masks)
+
+
+class Lagrangian(Penalty):
+    """l1 (t - s) + l2 (t - s)^2, for L0, where s is the expected sparsity and l1, l2 rise on the gap t - s.
+
+    Wang, Wohlwend and Lei 2020 (FLOP, arXiv:1910.04732), section 4; t grows linearly over the warmup.
+    """
+
+    rate = 1.0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("multipliers", torch.zeros(2))
+
+    def gap(self, masks) -> torch.Tensor:
+        """Target minus expected sparsity."""
+        return self.warmup() * self.target_sparsity - masks.expected_sparsity()
+
+    def forward(self, masks) -> torch.Tensor:
+        gap = self.gap(masks)
+        return self.multipliers[0] * gap + self.multipliers[1] * gap.square()
+
+    @torch.no_grad()
+    def after_step(self, masks) -> None:
+        gap = self.gap(masks)
+        self.multipliers += self.rate * torch.stack([gap, gap.square()]).to(self.multipliers)
+        super().after_step(masks)
+
+
+def make_penalty(kind: str, lambda_: float, warmup_steps: int, target_sparsity: float | None) -> Penalty:
+    """The penalty for masks of this kind."""
+    steered = {"l1": LambdaController, "l0": Lagrangian}[kind]
+    return (Penalty if target_sparsity is None else steered)(lambda_, warmup_steps, target_sparsity)

@@ -1,0 +1,112 @@
+"""Saving pruned models whose shapes no config can express, and loading them by repeating the surgery."""
+
+import json
+from os import PathLike
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_model
+from torch import nn
+
+from .groups import TARGETS, find_groups
+from .report import from_ranges
+from .surgery import prune_
+
+
+def save_pruned(model: nn.Module, folder: str | PathLike) -> None:
+    """Save weights and what was kept: through `save_pretrained` where the model has it, else as two files.
+
+    Raises:
+        ValueError: Masks are still attached, or nothing was pruned.
+    """
+    if getattr(model, "pruning_masks", None) is not None:
+        raise ValueError("masks are attached to the model: remove_pruned_ first.")
+    provenance = getattr(getattr(model, "config", None), "pruning", None) or getattr(model, "pruned", None)
+    if provenance is None:
+        raise ValueError("nothing was pruned: save the model as you always do.")
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, str(folder / "model.tmp"))
+    (folder / "model.tmp").replace(folder / "model.safetensors")
+    (folder / "pruning.tmp").write_text(json.dumps(provenance, indent=1))
+    (folder / "pruning.tmp").replace(folder / "pruning.json")
+
+
+def load_pruned(folder: str | PathLike, model: nn.Module) -> nn.Module:
+    """Cut a model that was just built to the shapes saved in `folder`, and load the weights.
+
+    Args:
+        folder: What `save_pruned` wrote.
+        model: A model with the shapes from before pruning; changed in place. For a model of transformers:
+            `AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))`.
+
+    Raises:
+        ValueError: The folder holds no pruned model, or not one of this architecture.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hf_rezero.pruning import find_groups, load_pruned, prune_, save_pruned
+        >>> def build():
+        ...     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> net = build()
+        >>> report = prune_(net, find_groups(net), {"0": torch.tensor([1, 5])})
+        >>> save_pruned(net, "outputs/pruned")
+        >>> torch.equal(load_pruned("outputs/pruned", build())(torch.ones(1, 4)), net(torch.ones(1, 4)))
+        True
+    """
+    replay_(model, read_provenance(folder))
+    state = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        state |= load_file(path)
+    missing, unexpected = _load(model, state)
+    if missing or unexpected:
+        raise ValueError(
+            f"{folder} does not fit {type(model).__name__}: missing {missing[:3]}, unexpected {unexpected[:3]}. "
+            f"Build the model as it was before pruning."
+        )
+    return model
+
+
+def read_provenance(folder: str | PathLike) -> dict:
+    """What `prune_` wrote of the model in a folder: the method, and the kept units by group.
+
+    Raises:
+        ValueError: There is no pruned model.
+    """
+    own, config = Path(folder, "pruning.json"), Path(folder, "config.json")
+    if own.exists():
+        provenance = json.loads(own.read_text())
+    else:
+        provenance = json.loads(config.read_text()).get("pruning") if config.exists() else None
+    if not provenance:
+        raise ValueError(f"{folder} holds no pruned model: expected what save_pruned wrote.")
+    return provenance
+
+
+def replay_(model: nn.Module, provenance: dict) -> None:
+    """Remove from a model that was just built what was removed from the saved one, layers first."""
+    kept = {name: from_ranges(ranges) for name, ranges in provenance["kept"].items()}
+    holder, attribute = (model.config, "pruning") if hasattr(model, "config") else (model, "pruned")
+    setattr(holder, attribute, None)
+    for targets in (("layers",), ("sublayers",), tuple(t for t in TARGETS if t not in ("layers", "sublayers"))):
+        try:
+            groups = [group for group in find_groups(model, targets) if group.name in kept]
+        except ValueError:
+            continue
+        # a config may have said already how many layers there are
+        larger = [group for group in groups if len(kept[group.name]) < group.num_units]
+        if larger:
+            prune_(model, larger, {g.name: torch.tensor(kept[g.name], dtype=torch.long) for g in larger})
+    setattr(holder, attribute, provenance)
+
+
+def _load(model: nn.Module, state: dict[str, torch.Tensor]) -> tuple[list[str], list[str]]:
+    """Load the weights; returns the names that are missing, but for tied ones, and those that were not expected."""
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tensors = model.state_dict()
+    loaded = {tensors[name].data_ptr() for name in state if name in tensors}
+    return [name for name in missing if tensors[name].data_ptr() not in loaded], list(unexpected)

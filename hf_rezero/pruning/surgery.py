@@ -1,0 +1,463 @@
+"""Physical removal: smaller tensors, layers that are gone, and a config that says so."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .groups import BATCH_NORM, Cut, PruningGroup, child
+from .masks import Masks, finalize_masks, scale
+from .report import PruningReport, from_ranges, to_ranges
+from .sparsity import Sizes, openness_of
+
+
+def remove_pruned_(
+    model: nn.Module,
+    masks: Masks,
+    *,
+    round_to: int | Mapping[str, int] = 1,
+    batch: Any = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> PruningReport:
+    """Multiply the masks into the weights and take out what they closed; no mask is left.
+
+    Args:
+        model: The model, changed in place.
+        masks: Its masks.
+        round_to: Kept units of each group are a multiple of this, or by kind: 8 or 64 suits matrix kernels.
+        batch: An input, a tensor or keyword arguments, on which masked and pruned model are compared for the report.
+        optimizer: Its state is cut like the parameters, so that training goes on.
+
+    Raises:
+        ValueError: The target sparsity cannot be reached, or a group would be left empty.
+
+    Example: see `attach_masks`.
+    """
+    kind, target = masks.layer.kind, masks.pull.target_sparsity
+    polarisation = masks.polarisation()
+    kept, factors = finalize_masks(masks, round_to=round_to)
+    masked = None if batch is None else output_of(model, batch)
+    masks.detach_()
+    fold_(model, masks.groups, factors)
+    report = prune_(model, masks.groups, kept, optimizer=optimizer, method=kind, target_sparsity=target)
+    report.undecided = polarisation
+    if masked is not None:
+        report.compare(masked, output_of(model, batch))
+    return report
+
+
+@torch.no_grad()
+def fold_(model: nn.Module, groups: Sequence[PruningGroup], factors: Mapping[str, torch.Tensor]) -> None:
+    """Multiply the factors of the units into the weights that read them, in fp32, rounded once."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    readers = [(reader.tensor, factors[group.name], reader) for group in groups for reader in group.readers]
+    gates = [
+        (tensor, factors[group.name][unit], Cut(tensor, -1))
+        for group in groups
+        for unit, names in enumerate(group.gates)
+        for tensor in names
+    ]
+    owners = defaultdict(set)
+    for name, tensor in tensors.items():
+        owners[tensor].add(name)
+    for name, factor, cut in readers + gates:
+        if len(owners[tensors[name]]) > 1 and not _is_binary(factor):
+            raise ValueError(
+                f"{name} is tied to {', '.join(sorted(owners[tensors[name]] - {name}))}, and its masks are neither 0 "
+                f"nor 1: untie the embeddings before the masks are trained, or use L0 with estimator='threshold'."
+            )
+        if not (factor == 1).all() and not (len(owners[tensors[name]]) > 1):
+            tensors[name].copy_(scale(tensors[name], factor, cut))
+
+
+def _is_binary(factor: torch.Tensor) -> bool:
+    return bool(((factor == 0) | (factor == 1)).all())
+
+
+def prune_(
+    model: nn.Module,
+    groups: Sequence[PruningGroup],
+    kept: Mapping[str, torch.Tensor],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    constants: Mapping[str, torch.Tensor] | None = None,
+    method: str = "given",
+    target_sparsity: float | None = None,
+) -> PruningReport:
+    """Remove all units but the kept ones, in place: smaller tensors, adjusted modules and config.
+
+    Args:
+        model: The model.
+        groups: From `find_groups(model)`.
+        kept: Indices of the units to keep, by group; groups without an entry stay whole.
+        optimizer: Its state is cut like the parameters.
+        constants: Values that removed units had on the mean, (units x size,) by group as `mean_activations` gives
+            them; their product with the reading weights goes to the bias of the reader.
+        method: What the report and the config say of how the units were chosen.
+        target_sparsity: Likewise.
+
+    Raises:
+        ValueError: An unknown group, an index out of range, masks that are still attached, or a group that would be
+            left empty where its module cannot go with it.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hf_rezero.pruning import find_groups, prune_
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> report = prune_(net, find_groups(net), {"0": torch.tensor([1, 5])})
+        >>> net[0].weight.shape, net[2].weight.shape
+        (torch.Size([2, 4]), torch.Size([2, 2]))
+    """
+    if getattr(model, "pruning_masks", None) is not None:
+        raise ValueError("masks are attached to the model: use remove_pruned_, or take them off with masks.detach_().")
+    by_name = {group.name: group for group in groups}
+    kept = {name: _checked(by_name, name, indices) for name, indices in kept.items()}
+    sizes, total = Sizes(model, groups), sum(p.numel() for p in model.parameters())
+    parts = _parts_to_remove(model, by_name, kept)
+    if constants is not None:
+        _fold_constants(model, by_name, kept, constants)
+    replaced = _cut_tensors(model, by_name, kept, parts)
+    _adjust_modules(model, by_name, kept, parts)
+    removed_layers = _remove_parts(model, parts)
+    report = PruningReport(
+        method=method,
+        target_sparsity=target_sparsity,
+        sparsity=float(sizes.sparsity(openness_of(kept, groups))),
+        parameters_before=total,
+        parameters_after=sum(p.numel() for p in model.parameters()),
+        units={group.name: (group.kind, group.num_units) for group in groups},
+        kept={group.name: kept.get(group.name, torch.arange(group.num_units)).tolist() for group in groups},
+    )
+    _write_config(model, report, removed_layers)
+    if optimizer is not None:
+        carry_state_(optimizer, model, replaced)
+    return report
+
+
+def _checked(by_name: Mapping[str, PruningGroup], name: str, indices: torch.Tensor) -> torch.Tensor:
+    if name not in by_name:
+        raise ValueError(f"kept names {name!r}: expected groups of the model, such as {next(iter(by_name))!r}.")
+    indices = torch.as_tensor(indices, dtype=torch.long).cpu().unique()
+    if len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < by_name[name].num_units:
+        raise ValueError(f"kept has {int(indices[-1])} for {name!r}: expected 0 to {by_name[name].num_units - 1}.")
+    return indices
+
+
+def _parts_to_remove(model: nn.Module, by_name: Mapping[str, PruningGroup], kept: dict) -> list[str]:
+    """Qualified names of the modules that go as a whole."""
+    parts = []
+    for name, indices in kept.items():
+        group = by_name[name]
+        gone = set(range(group.num_units)) - set(indices.tolist())
+        parts += [group.parts[unit] for unit in gone if group.parts]
+        if not len(indices) and not group.parts:
+            readers = [model.get_submodule(reader.tensor.rpartition(".")[0]) for reader in group.readers]
+            optional = getattr(model, "_supports_per_layer_config", False) and group.kind in ("heads", "neurons")
+            if not optional or any(reader.bias is not None for reader in readers):
+                raise ValueError(
+                    f"all {group.num_units} {group.kind} of {name!r} would go: keep at least one (min_keep), or make "
+                    f"the module removable as a whole with the targets 'layers' or 'sublayers'."
+                )
+            parts.append(name)
+        if group.parts and not len(indices):
+            raise ValueError(f"all {group.num_units} {group.kind} of {name!r} would go: keep at least one (min_keep).")
+    return parts
+
+
+def _inside(name: str, parts: Iterable[str]) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
+
+
+def _kept_entries(model, by_name, kept, parts) -> dict[str, dict[int, torch.Tensor]]:
+    """The entries that stay, by tensor and dimension."""
+    removed: dict[tuple[str, int], list] = defaultdict(list)
+    for name, indices in kept.items():
+        group = by_name[name]
+        gone = torch.ones(group.num_units, dtype=torch.bool).index_fill_(0, indices, False).nonzero().flatten()
+        for cut in (*group.readers, *group.cuts):
+            if len(gone) and not _inside(cut.tensor, parts):
+                entries = cut.offset + gone[:, None] * cut.size + torch.arange(cut.size)
+                removed[cut.tensor, cut.dim].append(entries.flatten())
+    entries: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+    for (tensor, dim), gone in removed.items():
+        module, _, attribute = tensor.rpartition(".")
+        length = getattr(model.get_submodule(module), attribute).shape[dim]
+        stay = torch.ones(length, dtype=torch.bool).index_fill_(0, torch.cat(gone), False)
+        entries[tensor][dim] = stay.nonzero().flatten()
+    return entries
+
+
+def _cut_tensors(model, by_name, kept, parts) -> dict[nn.Parameter, tuple[nn.Parameter, dict]]:
+    """Replace tensors by their kept entries, tied ones together; returns the new parameter and the entries of each."""
+    entries = _kept_entries(model, by_name, kept, parts)
+    replaced: dict[nn.Parameter, tuple[nn.Parameter, dict]] = {}
+    for tensor, by_dim in entries.items():
+        module, _, attribute = tensor.rpartition(".")
+        owner = model.get_submodule(module)
+        old = getattr(owner, attribute)
+        if isinstance(old, nn.Parameter) and old not in replaced:
+            # a new parameter: autograd remembers the old shape of one that is changed in place
+            replaced[old] = nn.Parameter(_take(old.detach(), by_dim), requires_grad=old.requires_grad), by_dim
+        elif not isinstance(old, nn.Parameter):
+            setattr(owner, attribute, _take(old, by_dim))
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter in replaced:
+                module._parameters[attribute] = replaced[parameter][0]
+    return replaced
+
+
+def _take(tensor: torch.Tensor, by_dim: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    for dim, indices in by_dim.items():
+        tensor = tensor.index_select(dim, indices.to(tensor.device))
+    return tensor.contiguous()
+
+
+def _adjust_modules(model, by_name, kept, parts) -> None:
+    """Numbers that modules keep beside their tensors."""
+    for name, indices in kept.items():
+        for module, attribute, size in by_name[name].attributes:
+            if not _inside(module, parts):
+                setattr(model.get_submodule(module), attribute, size * len(indices))
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = weight.shape
+        elif isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
+            module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+        elif isinstance(module, BATCH_NORM) and module.running_mean is not None:
+            module.num_features = len(module.running_mean)
+        elif isinstance(module, nn.Embedding):
+            module.embedding_dim = weight.shape[1]
+        elif type(module).__name__ == "Conv1D":
+            module.nx, module.nf = weight.shape
+
+
+def _remove_parts(model: nn.Module, parts: Sequence[str]) -> dict[str, list[int]]:
+    """Take whole modules out; returns, for each stack of layers, the old indices of those that are left."""
+    stacks, left = defaultdict(set), {}
+    for part in parts:
+        parent, _, attribute = part.rpartition(".")
+        owner = model.get_submodule(parent)
+        if isinstance(owner, (nn.ModuleList, nn.Sequential)):
+            stacks[parent].add(int(attribute))
+            continue
+        setattr(owner, attribute, None)
+        for container in (getattr(owner, "residuals", {}), getattr(owner, "norms", {})):
+            if attribute in container:
+                del container[attribute]
+        stack, _, index = parent.rpartition(".")
+        if all(getattr(owner, sublayer, None) is None for sublayer in ("self_attn", "mlp")):
+            stacks[stack].add(int(index))
+    for name, gone in stacks.items():
+        parent, _, attribute = name.rpartition(".")
+        stack = model.get_submodule(name)
+        left[name] = [i for i in range(len(stack)) if i not in gone]
+        layers = [stack[i] for i in left[name]]
+        remaining = nn.ModuleList(layers) if isinstance(stack, nn.ModuleList) else nn.Sequential(*layers)
+        setattr(model.get_submodule(parent), attribute, remaining)
+        _renumber(remaining)
+    for module in model.modules():
+        if hasattr(module, "number_attention_layers"):
+            module.number_attention_layers()
+    return left
+
+
+def _renumber(stack: Iterable[nn.Module]) -> None:
+    for index, layer in enumerate(stack):
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = index
+
+
+def _write_config(model: nn.Module, report: PruningReport, left: Mapping[str, list[int]]) -> None:
+    """Sizes and provenance into the config, or the provenance alone into `model.pruned` where there is no config."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "pruning", None) or getattr(model, "pruned", None) or {}
+    provenance = {
+        "method": report.method,
+        "target_sparsity": report.target_sparsity,
+        "sparsity": report.sparsity,
+        "parameters_before": before.get("parameters_before", report.parameters_before),
+        "kept": _compose(before.get("kept", {}), report, left),
+    }
+    if config is None:
+        model.pruned = provenance
+        return
+    if left:
+        config.num_hidden_layers = len(next(iter(left.values())))
+    if getattr(model, "_supports_per_layer_config", False):
+        _write_sizes(model, config)
+    config.pruning = provenance
+
+
+def _compose(before: Mapping[str, str], report: PruningReport, left: Mapping[str, list[int]]) -> dict[str, str]:
+    """Original indices of what is left, under the present names of the groups."""
+    kept = dict(before)
+    for name, indices in report.kept.items():
+        if name in before:
+            originals = from_ranges(before[name])
+            indices = [originals[i] for i in indices]
+        kept[name] = to_ranges(indices)
+    renamed = {_rename(name, left): ranges for name, ranges in kept.items()}
+    return {name: ranges for name, ranges in renamed.items() if name is not None}
+
+
+def _rename(name: str, left: Mapping[str, list[int]]) -> str | None:
+    for stack, indices in left.items():
+        match = re.match(rf"{re.escape(stack)}\.(\d+)(?=\.|$)", name)
+        if match:
+            old = int(match[1])
+            return f"{stack}.{indices.index(old)}{name[match.end() :]}" if old in indices else None
+    return name
+
+
+def _write_sizes(model: nn.Module, config) -> None:
+    """The sizes of each layer: as plain values where all agree, else as overrides of one layer."""
+    stack = next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "layers")
+    heads, fields = config.head_dim, ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    sizes = []
+    for layer in stack:
+        q, k, up = (child(layer, name) for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
+        features = (q.out_features // heads, k.out_features // heads) if q is not None else (0, 0)
+        sizes.append((*features, up.out_features if up is not None else 0))
+    config.per_layer_config = {}
+    overridden = [i for i in range(3) if len({size[i] for size in sizes}) > 1]
+    for i, field in enumerate(fields):
+        if i not in overridden:
+            setattr(config, field, sizes[0][i])
+    if overridden:
+        config.allow_global_per_layer_attribute_access = True
+        config.per_layer_config = {
+            index: {fields[i]: size[i] for i in range(3) if i in overridden} for index, size in enumerate(sizes)
+        }
+    config.hidden_size = model.get_input_embeddings().embedding_dim
+
+
+def carry_state_(optimizer: torch.optim.Optimizer, model: nn.Module, replaced: Mapping) -> None:
+    """Make an optimizer go on with the parameters that are left, their state cut as they were.
+
+    State with the shape of its parameter is cut; numbers stay; other tensors (factored moments) start anew. Parameters
+    that are no longer in the model leave their groups, and groups that become empty leave the optimizer.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # what accelerate has wrapped
+    present = set(model.parameters())
+    for group in optimizer.param_groups:
+        for old in list(group["params"]):
+            state = optimizer.state.pop(old, None)
+            new, entries = replaced.get(old, (old, {}))
+            if new in present and state is not None:
+                cut = {key: _cut_state(value, old.shape, entries) for key, value in state.items()}
+                optimizer.state[new] = cut if all(value is not None for value in cut.values()) else {}
+        group["params"] = [new for new in (replaced.get(p, (p,))[0] for p in group["params"]) if new in present]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def _cut_state(value: Any, shape: torch.Size, entries: Mapping[int, torch.Tensor]) -> Any:
+    if not isinstance(value, torch.Tensor) or value.numel() == 1 and shape.numel() != 1:
+        return value
+    if value.shape == shape:
+        return _take(value, entries)
+    return None if entries else value
+
+
+@contextmanager
+def watch_readers(model: nn.Module, groups: Sequence[PruningGroup], observe: Callable[[str, torch.Tensor], None]):
+    """Call `observe(group name, values (positions, units x size))` whenever the first reader of a group runs."""
+
+    def hook(name: str):
+        def observe_input(module, args):
+            is_conv = isinstance(module, nn.modules.conv._ConvNd)
+            x = args[0].movedim(1, -1) if is_conv else args[0]
+            observe(name, x.detach().flatten(0, -2))
+
+        return observe_input
+
+    readers = [(group.name, group.readers[0].tensor.rpartition(".")[0]) for group in groups if group.readers]
+    handles = [model.get_submodule(module).register_forward_pre_hook(hook(name)) for name, module in readers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def mean_activations(
+    model: nn.Module, groups: Sequence[PruningGroup], batches: Iterable[Any]
+) -> dict[str, torch.Tensor]:
+    """The mean value of each entry of each unit where it is read, (units x size,) by group; see `prune_`.
+
+    Adding what removed units did on the mean keeps the contribution of a constant unit exactly, except at the border
+    of zero-padded convolutions.
+    """
+    sums, counts = defaultdict(float), defaultdict(int)
+
+    def observe(name: str, x: torch.Tensor) -> None:
+        sums[name] = sums[name] + x.double().sum(0)
+        counts[name] += len(x)
+
+    with watch_readers(model, groups, observe):
+        for batch in batches:
+            output_of(model, batch)
+    return {name: (total / counts[name]).float() for name, total in sums.items()}
+
+
+@torch.no_grad()
+def _fold_constants(model, by_name, kept, constants: Mapping[str, torch.Tensor]) -> None:
+    for name, values in constants.items():
+        for reader in by_name[name].readers:
+            module = model.get_submodule(reader.tensor.rpartition(".")[0])
+            if module.bias is None:
+                raise ValueError(f"constants came for {name!r}, but {reader.tensor} has no bias that could hold them.")
+            gone = torch.ones(by_name[name].num_units).index_fill_(0, kept.get(name, torch.arange(0)), 0.0)
+            values = (values.cpu() * gone.repeat_interleave(reader.size)).to(module.weight)
+            weight = (
+                module.weight.movedim(reader.dim, 1).flatten(2).sum(2) if module.weight.ndim > 2 else module.weight
+            )
+            module.bias += weight @ values if reader.dim == 1 else values @ weight
+
+
+@torch.no_grad()
+def output_of(model: nn.Module, batch: Any) -> torch.Tensor:
+    """What the model predicts in eval mode for a tensor, or for keyword arguments: its logits or its first output."""
+    was_training = model.training
+    model.eval()
+    output = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    model.train(was_training)
+    if isinstance(output, torch.Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    return logits if logits is not None else output[0]
+
+
+@torch.no_grad()
+def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Measure the running statistics of every batch norm anew, as plain means over the batches.
+
+    Noisy gates change the variances that the statistics have seen; do this when the masks are decided.
+
+    Raises:
+        ValueError: No batch came.
+    """
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.track_running_stats]
+    momenta, modes = [norm.momentum for norm in norms], [(m, m.training) for m in model.modules()]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative mean
+        norm.train()
+    seen = 0
+    for batch in batches:
+        model(**batch) if isinstance(batch, Mapping) else model(batch)
+        seen += 1
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    for module, mode in modes:
+        module.training = mode
+    if not seen and norms:
+        raise ValueError("no batches came: the running statistics of batch norm need at least one.")

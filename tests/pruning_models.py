@@ -1,0 +1,135 @@
+"""Small models of every family that has a rule, in float64 with nothing left at its initial 0 or 1."""
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from hf_rezero import ReZeroConfig, ReZeroForCausalLM
+
+
+def rezero(**config):
+    sizes = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return ReZeroForCausalLM(ReZeroConfig(**(sizes | config)))
+
+
+def rezero_gqa():
+    return rezero(num_key_value_heads=2, attention_bias=True, mlp_bias=True)
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=32, n_layer=3, n_head=4))
+
+
+def llama():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=264, **sizes, num_attention_heads=4, num_key_value_heads=2))
+
+
+def bert(config_class=BertConfig, model_class=BertForMaskedLM):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return model_class(config_class(vocab_size=264, **sizes))
+
+
+def roberta():
+    return bert(RobertaConfig, RobertaForMaskedLM)
+
+
+def distilbert():
+    return DistilBertForMaskedLM(DistilBertConfig(vocab_size=264, dim=32, hidden_dim=48, n_layers=2, n_heads=4))
+
+
+def seed_net(width=8):
+    """The net of the seed article: four convolutions, two fully connected layers; sigmoid(0) is not 0."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.Sigmoid()),
+        *(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(width, width, 3, padding=1), nn.GELU()),
+        *(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Dropout(0.5), nn.Linear(width * 4, 10), nn.ReLU(), nn.Linear(10, 4)),
+    )
+
+
+def resnet(layer_type="basic"):
+    sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 2]}
+    return ResNetForImageClassification(ResNetConfig(**sizes, layer_type=layer_type))
+
+
+def bottleneck_resnet():
+    return resnet("bottleneck")
+
+
+class PreActivationBlock(nn.Module):
+    """The other order of norm and convolution, with the names of the usual one."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1)
+        self.bn2, self.conv2 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        inner = self.conv1(self.bn1(x).relu())
+        return x + self.conv2(self.bn2(inner).relu())
+
+
+def residual_net():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), PreActivationBlock(), PreActivationBlock(), nn.Flatten(), nn.LazyLinear(4)
+    )
+
+
+TEXT = {f.__name__: f for f in (rezero, rezero_gqa, gpt2, llama, bert, roberta, distilbert)}
+IMAGE = {f.__name__: f for f in (seed_net, resnet, bottleneck_resnet, residual_net)}
+
+
+def build(name, dtype=torch.float64, seed=0):
+    """The model in eval mode, and an input for it."""
+    torch.manual_seed(seed)
+    model = (TEXT | IMAGE)[name]()
+    picture, ids = torch.randn(2, 3, 8, 8).to(dtype), torch.randint(0, 256, (2, 12))
+    if name == "residual_net":
+        model(picture.float())
+    return stir(model.to(dtype)), ids_or_picture(name, ids, picture)
+
+
+def ids_or_picture(name, ids, picture):
+    if name in TEXT:
+        return {"input_ids": ids}
+    return {"pixel_values": picture} if "resnet" in name else picture
+
+
+@torch.no_grad()
+def stir(model):
+    """No resweight at 0, no bias at 0, no norm at (0, 1): values at which everything is equal."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("resweight"):
+            parameter.fill_(0.5)
+        elif parameter.ndim == 1:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.add_(0.3 * torch.rand_like(buffer))
+    return model.eval()
+
+
+@torch.no_grad()
+def set_masks(masks, closed=0.4, seed=0):
+    """Random L1 factors, some 0, in each group the last one and not the first."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = masks.layer.mask
+    mask.copy_(torch.rand(mask.shape, generator=generator) + 0.3)
+    mask[torch.rand(mask.shape, generator=generator) < closed] = 0.0
+    for part in masks.split(mask).values():
+        part[-1], part[0] = 0.0, 0.7
