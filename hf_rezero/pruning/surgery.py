@@ -255,13 +255,11 @@ def _remove_parts(model: nn.Module, parts: Sequence[str]) -> dict[str, list[int]
         if all(getattr(owner, sublayer, None) is None for sublayer in ("self_attn", "mlp")):
             stacks[stack].add(int(index))
     for name, gone in stacks.items():
-        parent, _, attribute = name.rpartition(".")
         stack = model.get_submodule(name)
         left[name] = [i for i in range(len(stack)) if i not in gone]
-        layers = [stack[i] for i in left[name]]
-        remaining = nn.ModuleList(layers) if isinstance(stack, nn.ModuleList) else nn.Sequential(*layers)
-        setattr(model.get_submodule(parent), attribute, remaining)
-        _renumber(remaining)
+        for index in sorted(gone, reverse=True):
+            del stack[index]
+        _renumber(stack)
     for module in model.modules():
         if hasattr(module, "number_attention_layers"):
             module.number_attention_layers()
@@ -332,7 +330,6 @@ def _write_sizes(model: nn.Module, config) -> None:
         if i not in overridden:
             setattr(config, field, sizes[0][i])
     if overridden:
-        config.allow_global_per_layer_attribute_access = True
         config.per_layer_config = {
             index: {fields[i]: size[i] for i in range(3) if i in overridden} for index, size in enumerate(sizes)
         }
