@@ -9,7 +9,7 @@ from pruning_models import IMAGE, TEXT, build, rezero, set_masks, stir
 from torch import nn
 
 from hf_rezero.pruning import L0MaskLayer, L1MaskLayer, attach_masks, finalize_masks, find_groups
-from hf_rezero.pruning.surgery import output_of
+from hf_rezero.pruning.activations import output_of
 
 
 def net():
@@ -349,3 +349,16 @@ def attach(model=None, groups=None, **options):
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_weights_are_their_own_again_after_a_failed_forward_pass():
+    model = net()
+    weight = model[2].weight
+    masks = attach_masks(model, find_groups(model))
+    set_masks(masks)
+    with pytest.raises(RuntimeError):
+        model(torch.ones(1, 7))
+    model[1].register_forward_hook(lambda *_: torch.ones(1, 5))  # the masked module itself fails
+    with pytest.raises(RuntimeError):
+        model(torch.ones(1, 6))
+    assert model[2].weight is weight and isinstance(model[2].weight, nn.Parameter)

@@ -24,7 +24,7 @@ from hf_rezero.pruning import (
     weight_seconds,
     weight_uses,
 )
-from hf_rezero.pruning.surgery import output_of
+from hf_rezero.pruning.activations import output_of
 
 
 def net():

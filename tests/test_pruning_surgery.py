@@ -25,7 +25,7 @@ from hf_rezero.pruning import (
     save_pruned,
 )
 from hf_rezero.pruning.report import from_ranges, to_ranges
-from hf_rezero.pruning.surgery import output_of
+from hf_rezero.pruning.activations import output_of
 
 
 KINDS = [

@@ -1,13 +1,15 @@
 """Structured pruning with learned masks or scores, ending in a physically smaller model; torch only, any module."""
 
+from .activations import mean_activations, recalibrate_batchnorm_
 from .costs import weight_seconds, weight_uses
 from .groups import Cut, PruningGroup, find_groups
-from .masks import L0MaskLayer, L1MaskLayer, Masks, attach_masks, finalize_masks
+from .mask_layers import L0MaskLayer, L1MaskLayer
+from .masks import Masks, attach_masks, finalize_masks
 from .report import PruningReport
 from .scores import apoz, first_k, magnitude, random, reinitialize_, taylor
 from .sparsity import Sizes, select, unit_costs
 from .storage import load_pruned, save_pruned
-from .surgery import carry_state_, mean_activations, prune_, recalibrate_batchnorm_, remove_pruned_
+from .surgery import carry_state_, prune_, remove_pruned_
 
 
 __all__ = [

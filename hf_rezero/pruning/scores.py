@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .activations import output_of, watch_readers
 from .groups import PruningGroup
 from .masks import attach_masks
-from .surgery import output_of, watch_readers
 
 
 Scores = dict[str, torch.Tensor]

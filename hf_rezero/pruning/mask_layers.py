@@ -1,0 +1,159 @@
+"""Factors that learn which units to keep: L1 mask layers and L0 hard-concrete gates."""
+
+import math
+
+import torch
+from torch import nn
+
+
+STRETCH = -0.1, 1.1
+LOG_RATIO = math.log(-STRETCH[0] / STRETCH[1])  # -2.398
+
+
+class L1MaskLayer(nn.Module):
+    """Factors that start at 1 and are pulled to 0 by their absolute values; small ones are caught there.
+
+    Args:
+        num_units: Number of factors.
+        capture: A factor that falls below this stays 0 for ever; it must be more than one step of the optimizer.
+
+    Example:
+        >>> L1MaskLayer(3)()
+        tensor([1., 1., 1.], grad_fn=<ViewBackward0>)
+    """
+
+    kind = "l1"
+
+    def __init__(self, num_units: int, capture: float = 0.02):
+        super().__init__()
+        self.capture = capture
+        self.mask = nn.Parameter(torch.ones(num_units))
+        self.register_buffer("captured", torch.zeros(num_units, dtype=torch.bool))
+
+    def forward(self, num_examples: int | None = None) -> torch.Tensor:
+        return self.mask.view_as(self.mask)
+
+    def penalties(self) -> torch.Tensor:
+        """|m| of each unit."""
+        return self.mask.abs()
+
+    def openness(self) -> torch.Tensor:
+        """Whether each unit is still there."""
+        return (self.mask.detach() != 0).float()
+
+    def estimate(self) -> torch.Tensor:
+        """The factors as they are."""
+        return self.mask.detach().clone()
+
+    def scores(self) -> torch.Tensor:
+        """Higher is more useful."""
+        return self.mask.detach().abs()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Put what was caught back to 0: the momentum of an optimizer moves it."""
+        self.mask.masked_fill_(self.captured, 0.0)
+
+    def catch(self, protected: torch.Tensor) -> None:
+        """Catch what has become small, except units of `protected`."""
+        self.captured |= (self.mask.detach().abs() < self.capture) & ~protected
+        self.settle()
+
+
+class L0MaskLayer(nn.Module):
+    """Hard-concrete gates (Louizos et al. 2017, arXiv:1712.01312, equations 10 to 13).
+
+    u ~ U(0, 1), s = sigmoid((log u - log(1 - u) + log_alpha) / beta), z = min(1, max(0, 1.2 s - 0.1)). The penalty is
+    P(z != 0) = sigmoid(log_alpha - beta log(0.1 / 1.1)).
+
+    Args:
+        num_units: Number of gates.
+        beta: Temperature; below 0.1 use `per_example`, or the gradient is all noise.
+        log_alpha: Initial location; 2.5 is just above 2.398, where the deterministic gate is exactly 1.
+        penalty: "sigmoid", or "hard_sigmoid": clip((log_alpha + 4) / 8, 0, 1), a stronger pull near the start.
+        estimator: The gate without noise: "paper", min(1, max(0, 1.2 sigmoid(log_alpha) - 0.1)), or "threshold", 1 where
+            log_alpha >= 0, else 0.
+        per_example: One sample for each example instead of one for the batch.
+
+    Example:
+        >>> L0MaskLayer(2).eval()()
+        tensor([1., 1.])
+    """
+
+    kind = "l0"
+
+    def __init__(
+        self,
+        num_units: int,
+        beta: float = 2 / 3,
+        log_alpha: float = 2.5,
+        penalty: str = "sigmoid",
+        estimator: str = "paper",
+        per_example: bool = False,
+    ):
+        super().__init__()
+        self.penalty, self.estimator, self.per_example = penalty, estimator, per_example
+        self.limit = 4.0 if penalty == "hard_sigmoid" else math.log(100)
+        self.log_alpha = nn.Parameter(torch.full((num_units,), log_alpha))
+        self.register_buffer("beta", torch.tensor(beta))
+
+    def forward(self, num_examples: int | None = None) -> torch.Tensor:
+        """Gates of shape (units,), or (num_examples, units) when they are sampled for each example."""
+        if not self.training:
+            return self.estimate()
+        shape = (num_examples, *self.log_alpha.shape) if self.per_example else self.log_alpha.shape
+        u = torch.empty(shape, device=self.log_alpha.device).uniform_(1e-6, 1 - 1e-6)
+        s = torch.sigmoid((u.log() - (-u).log1p() + self.log_alpha) / self.beta)
+        return _stretch(s)
+
+    def penalties(self) -> torch.Tensor:
+        """The penalty of each unit."""
+        if self.penalty == "hard_sigmoid":
+            return ((self.log_alpha + 4) / 8).clamp(0, 1)
+        return self.openness()
+
+    def openness(self) -> torch.Tensor:
+        """P(z != 0) of each unit."""
+        return torch.sigmoid(self.log_alpha - self.beta * LOG_RATIO)
+
+    def estimate(self) -> torch.Tensor:
+        """The gates without noise."""
+        if self.estimator == "threshold":
+            return (self.log_alpha.detach() >= 0).float()
+        return _stretch(torch.sigmoid(self.log_alpha.detach()))
+
+    def scores(self) -> torch.Tensor:
+        """Higher is more useful."""
+        return self.log_alpha.detach()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Keep the locations where the penalty has a gradient."""
+        self.log_alpha.clamp_(-self.limit, self.limit)
+
+    @torch.no_grad()
+    def catch(self, protected: torch.Tensor) -> None:
+        """Nothing is caught; units of `protected` stay open."""
+        self.log_alpha.copy_(torch.where(protected, self.log_alpha.clamp(min=-LOG_RATIO), self.log_alpha))
+
+
+def _stretch(s: torch.Tensor) -> torch.Tensor:
+    low, high = STRETCH
+    return (s * (high - low) + low).clamp(0, 1)
+
+
+class FixedMaskLayer(nn.Module):
+    """Factors that are decided."""
+
+    kind = "fixed"
+
+    def __init__(self, factors: torch.Tensor):
+        super().__init__()
+        self.register_buffer("factors", factors)
+
+    def forward(self, num_examples: int | None = None) -> torch.Tensor:
+        return self.factors
+
+    def estimate(self) -> torch.Tensor:
+        """The factors."""
+        return self.factors
