@@ -25,6 +25,7 @@ from .optim import LAMB, LARS, RAdam, Ranger, RangerLARS, centralize_gradients, 
 from .tokenization import byte_tokenizer
 from .trainer import ReZeroTrainer, ReZeroTrainingArguments
 from .trainer_gradinit import GradInitConfig
+from .trainer_pruning import PruningConfig
 
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "LAMB",
     "LARS",
     "GradInitConfig",
+    "PruningConfig",
     "RAdam",
     "RZTXDecoderLayer",
     "RZTXEncoderLayer",

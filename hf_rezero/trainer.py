@@ -21,6 +21,7 @@ from .gradinit import GradInitReport
 from .optim import decays, param_groups
 from .optim.naming import BASES, FIXED, parse_name, split_arguments, wrap
 from .trainer_gradinit import GradInitConfig, run_gradinit, state_file
+from .trainer_pruning import PruningConfig, PruningTrainer
 
 
 @dataclass
@@ -65,6 +66,37 @@ class ReZeroTrainingArguments(TrainingArguments):
     gradinit_probe_resweight: float | None = field(
         default=None, metadata={"help": "Value of the residual weights during GradInit; they are restored."}
     )
+    prune_method: str | None = field(
+        default=None, metadata={"help": "l1 or l0: learn masks during training and remove what they close."}
+    )
+    prune_targets: str = field(
+        default="heads,neurons", metadata={"help": "Any of heads, neurons, channels, layers, sublayers, width."}
+    )
+    prune_target_sparsity: float | None = field(
+        default=None, metadata={"help": "Fraction of the prunable parameters that shall go."}
+    )
+    prune_lambda: float | None = field(default=None, metadata={"help": "Fixed factor of the penalty, without target."})
+    prune_start_step: int = field(default=0, metadata={"help": "Train so many steps before the masks come."})
+    prune_warmup_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps in which the penalty rises; default: half of those with masks if there is a target."},
+    )
+    prune_end_step: int | None = field(
+        default=None,
+        metadata={"help": "Remove the closed units after so many steps; default: half-way from start to end."},
+    )
+    prune_mask_learning_rate: float | None = field(
+        default=None, metadata={"help": "Constant learning rate of the masks; default: 0.01 for l1, 0.05 for l0."}
+    )
+    prune_beta: float | None = field(default=None, metadata={"help": "Temperature of the L0 gates; default: 2/3."})
+    prune_beta_end: float | None = field(
+        default=None, metadata={"help": "Temperature that the L0 gates reach at the end; default: that of the start."}
+    )
+    prune_capture: float | None = field(
+        default=None, metadata={"help": "An L1 mask below this stays 0 for ever; default: 0.02."}
+    )
+    prune_min_keep: int = field(default=1, metadata={"help": "Units that stay in every group."})
+    prune_round_to: int = field(default=1, metadata={"help": "Kept units of every group are a multiple of this."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Look for parameters without gradient in every distributed step."}
     )
@@ -101,7 +133,7 @@ def _check_optimizer(optim: str, optim_args: str | None) -> str:
     return optim
 
 
-class ReZeroTrainer(Trainer):
+class ReZeroTrainer(PruningTrainer):
     """The `Trainer`, with right parameter groups, exact bits per byte, and the residual weights in its logs.
 
     - Weight decay applies to tensors with two or more dimensions, so never to residual weights, norms and biases.
@@ -115,6 +147,10 @@ class ReZeroTrainer(Trainer):
     - `gradinit=GradInitConfig(...)`, or `gradinit_steps` of the arguments, learns initial scales of the weights before
       training, on its data, for its optimizer; not when it is resumed. The report is `trainer.gradinit_report`, the
       files are in `output_dir/gradinit`.
+    - `pruning=PruningConfig(...)`, or `prune_method` of the arguments, learns masks in the middle of the run and then
+      removes what they closed, heads and neurons, for the rest of it. It resumes in each phase, with the model as it
+      was built or as a checkpoint has it. The report is `trainer.pruning_report`, the files are in
+      `output_dir/pruning`.
 
     Raises:
         ValueError: `resweight_learning_rate` for a model without `resweight`; a damaged checkpoint; nothing to
@@ -132,10 +168,17 @@ class ReZeroTrainer(Trainer):
         0.0
     """
 
-    def __init__(self, model=None, *args, gradinit: GradInitConfig | None = None, **kwargs):
+    def __init__(
+        self,
+        model=None,
+        *args,
+        gradinit: GradInitConfig | None = None,
+        pruning: PruningConfig | None = None,
+        **kwargs,
+    ):
         # the Trainer switches the cache off for training, and would write that into every config.json
         self._saved_use_cache = getattr(getattr(model, "config", None), "use_cache", None)
-        super().__init__(model, *args, **kwargs)
+        super().__init__(model, *args, pruning=pruning, **kwargs)
         self._is_causal_lm = _is_causal_lm(self.accelerator.unwrap_model(self.model))
         self._nll, self._predicted = 0.0, 0
         self.gradinit, self.gradinit_report = gradinit or GradInitConfig.from_arguments(self.args), None

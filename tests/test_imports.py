@@ -18,6 +18,11 @@ ALLOWED = {
         f"optim/{path.name}": {"torch", *(p.stem for p in path.parent.glob("*.py"))}
         for path in PACKAGE.glob("optim/*.py")
     },
+    **{
+        f"pruning/{path.name}": {"torch", *(p.stem for p in path.parent.glob("*.py"))}
+        | ({"safetensors"} if path.stem == "storage" else set())
+        for path in PACKAGE.glob("pruning/*.py")
+    },
     "trial.py": {"torch"},
     "gradinit.py": {"torch", "matplotlib", "optim", "plots", "trial"},
     "metainit.py": {"torch", "gradinit", "optim", "trial"},
@@ -56,6 +61,7 @@ def test_public_names_are_pinned():
         "LAMB",
         "LARS",
         "GradInitConfig",
+        "PruningConfig",
         "RAdam",
         "RZTXDecoderLayer",
         "RZTXEncoderLayer",

@@ -206,7 +206,7 @@ def test_warmup_raises_the_penalty():
     masks = attach_masks(model, find_groups(model), "l1", lambda_=1.0, warmup_steps=4)
     seen = []
     for _ in range(6):
-        seen.append(float(masks.penalty()) / 28)
+        seen.append(masks.penalty().item() / 28)
         masks.after_step()
     assert seen == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
 

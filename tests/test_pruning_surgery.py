@@ -24,8 +24,8 @@ from hf_rezero.pruning import (
     remove_pruned_,
     save_pruned,
 )
-from hf_rezero.pruning.report import from_ranges, to_ranges
 from hf_rezero.pruning.activations import output_of
+from hf_rezero.pruning.report import from_ranges, to_ranges
 
 
 KINDS = [
@@ -240,6 +240,21 @@ def test_the_optimizer_goes_on_as_it_would_have_with_dead_units(make):
                 value = value[:, keep]
             torch.testing.assert_close(optimizer.state[parameter][key], value)
     assert step() < kept_alive + 1 and step().isfinite()
+
+
+def test_slow_weights_take_the_masks_too():
+    model = stir(rezero(num_hidden_layers=1))
+    optimizer = lookahead(torch.optim.SGD(model.parameters(), lr=0.1), k=5)
+    ids = torch.arange(12)[None]
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    masks = attach_masks(model, find_groups(model, ["neurons"]))
+    set_masks(masks)
+    slow = optimizer.state[model.model.layers[0].mlp.down_proj.weight]["slow"].clone()
+    factors = masks.layer.mask.detach().clone()
+    remove_pruned_(model, masks, optimizer=optimizer)
+    expected = (slow * factors)[:, factors != 0]
+    torch.testing.assert_close(optimizer.state[model.model.layers[0].mlp.down_proj.weight]["slow"], expected)
 
 
 def test_parameters_of_removed_layers_leave_the_optimizer():

@@ -1,6 +1,6 @@
 """Structured pruning with learned masks or scores, ending in a physically smaller model; torch only, any module."""
 
-from .activations import mean_activations, recalibrate_batchnorm_
+from .activations import mean_activations, output_of, recalibrate_batchnorm_
 from .costs import weight_seconds, weight_uses
 from .groups import Cut, PruningGroup, find_groups
 from .mask_layers import L0MaskLayer, L1MaskLayer
@@ -29,6 +29,7 @@ __all__ = [
     "load_pruned",
     "magnitude",
     "mean_activations",
+    "output_of",
     "prune_",
     "random",
     "recalibrate_batchnorm_",

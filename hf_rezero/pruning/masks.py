@@ -59,7 +59,7 @@ class Masks(nn.Module):
         self._counts = [group.num_units for group in groups]
         self._current, self._handles = None, []
         self._model = [model]  # in a list, or the model would be its own grandchild
-        self._sphere = _Sphere(model, groups) if sphere else None
+        self.sphere = _Sphere(model, groups) if sphere else None
 
     @property
     def model(self) -> nn.Module:
@@ -106,8 +106,8 @@ class Masks(nn.Module):
 
     def after_step(self) -> None:
         """Catch, clamp and count, after the optimizer's step."""
-        if self._sphere is not None:
-            self._sphere.project()
+        if self.sphere is not None:
+            self.sphere.project()
         self.layer.settle()
         self.layer.catch(self.protected() | self._beyond_target())
         self.pull.after_step(self)
@@ -217,18 +217,21 @@ def _scale_input(x: torch.Tensor, module: nn.Module, z: torch.Tensor, size: int)
     return x * z.view(len(z), *[1] * (x.ndim - 2), -1)
 
 
-class _Sphere:
+class _Sphere(nn.Module):
     """|W_i| of the weights that read unit i stays what it was at the start (He et al. 2017)."""
 
     def __init__(self, model: nn.Module, groups: Sequence[PruningGroup]):
+        super().__init__()
         tensors = dict(model.named_parameters(remove_duplicate=False))
         self.readers = [(cut, tensors[cut.tensor]) for group in groups for cut in group.readers]
-        self.norms = [_norms(tensor.detach(), cut) for cut, tensor in self.readers]
+        self.register_buffer("norms", torch.cat([_norms(tensor.detach(), cut) for cut, tensor in self.readers]))
 
     @torch.no_grad()
     def project(self) -> None:
-        for (cut, tensor), norm in zip(self.readers, self.norms, strict=True):
-            tensor.copy_(scale(tensor, norm / _norms(tensor, cut).clamp(min=1e-12), cut))
+        now = [_norms(tensor, cut) for cut, tensor in self.readers]
+        start = self.norms.split([len(norms) for norms in now])
+        for (cut, tensor), norms, wanted in zip(self.readers, now, start, strict=True):
+            tensor.copy_(scale(tensor, wanted / norms.clamp(min=1e-12), cut))
 
 
 def _norms(tensor: torch.Tensor, cut: Cut) -> torch.Tensor:

@@ -42,7 +42,7 @@ def remove_pruned_(
     kept, factors = finalize_masks(masks, round_to=round_to)
     masked = None if batch is None else output_of(model, batch)
     masks.detach_()
-    fold_(model, masks.groups, factors)
+    fold_(model, masks.groups, factors, optimizer)
     report = prune_(model, masks.groups, kept, optimizer=optimizer, method=kind, target_sparsity=target)
     report.undecided = polarisation
     if masked is not None:
@@ -51,8 +51,20 @@ def remove_pruned_(
 
 
 @torch.no_grad()
-def fold_(model: nn.Module, groups: Sequence[PruningGroup], factors: Mapping[str, torch.Tensor]) -> None:
-    """Multiply the factors of the units into the weights that read them, in fp32, rounded once."""
+def fold_(
+    model: nn.Module,
+    groups: Sequence[PruningGroup],
+    factors: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Multiply the factors of the units into the weights that read them, in fp32, rounded once.
+
+    The slow weights of Lookahead are weights too: those in the state of `optimizer` take the same factors.
+
+    Raises:
+        ValueError: A weight is tied, and its factors are neither 0 nor 1.
+    """
+    state = {} if optimizer is None else getattr(optimizer, "optimizer", optimizer).state
     tensors = dict(model.named_parameters(remove_duplicate=False))
     readers = [(reader.tensor, factors[group.name], reader) for group in groups for reader in group.readers]
     gates = [
@@ -70,8 +82,10 @@ def fold_(model: nn.Module, groups: Sequence[PruningGroup], factors: Mapping[str
                 f"{name} is tied to {', '.join(sorted(owners[tensors[name]] - {name}))}, and its masks are neither 0 "
                 f"nor 1: untie the embeddings before the masks are trained, or use L0 with estimator='threshold'."
             )
-        if not (factor == 1).all() and not (len(owners[tensors[name]]) > 1):
-            tensors[name].copy_(scale(tensors[name], factor, cut))
+        if not (factor == 1).all() and len(owners[tensors[name]]) == 1:
+            slow = state.get(tensors[name], {}).get("slow")
+            for weights in (tensors[name],) if slow is None else (tensors[name], slow):
+                weights.copy_(scale(weights, factor, cut))
 
 
 def _is_binary(factor: torch.Tensor) -> bool:

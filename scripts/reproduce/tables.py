@@ -109,6 +109,50 @@ def gradinit_cost(results: dict) -> list[list[str]]:
     return rows
 
 
+def pruning_curve_images(results: dict) -> list[list[str]]:
+    """One row for each method, accuracy and fraction removed at each setting."""
+    return _pruning_curve(results, ("images",), 1)
+
+
+def pruning_curve_text(results: dict) -> list[list[str]]:
+    """One row for each method on the two byte models, bits per byte and fraction removed at each setting."""
+    return _pruning_curve(results, ("text", "depth"), 3)
+
+
+def _pruning_curve(results: dict, tasks: tuple[str, ...], digits: int) -> list[list[str]]:
+    """Means over the seeds, in the order of the fraction removed."""
+    cells: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    for key, record in results["runs"].items():
+        task, method, setting, _ = key.split(" | ")
+        if task in tasks:
+            cells.setdefault((task, method), {}).setdefault(setting, []).append(record)
+    columns, unit = max(map(len, cells.values())), results["tasks"][tasks[0]]["unit"]
+    rows = [[f"{unit} (weights removed)", "seeds", *[""] * columns]]
+    for (task, method), by_setting in cells.items():
+        found = sorted((_mean(runs, "removed"), _mean(runs, "quality")) for runs in by_setting.values())
+        points = [f"{quality:.{digits}f} ({removed:.0%})" for removed, quality in found]
+        name = method if len(tasks) == 1 else f"{results['tasks'][task]['title']}: {method}"
+        seeds = max(map(len, by_setting.values()))
+        rows.append([name, f"{seeds}", *points, *[""] * (columns - len(points))])
+    return rows
+
+
+def _mean(runs: list[dict], field: str) -> float:
+    return sum(run[field] for run in runs) / len(runs)
+
+
+def pruning_speed(results: dict) -> list[list[str]]:
+    """One row for each model and what went, then one for each kind of mask."""
+    rows = [["", "forward pass, time", "products", "file", "parameters", "training step with masks"]]
+    for name, ratios in results["forward"].items():
+        cells = (f"{ratios[key]:.2f}" for key in ("time", "products", "file", "parameters"))
+        rows.append([f"{name}: half removed", *cells, ""])
+    return [
+        *rows,
+        *([f"masks: {name}", "", "", "", "", f"{ratio:.2f}"] for name, ratio in results["training"].items()),
+    ]
+
+
 TABLES = {
     table.__name__: table
     for table in (
@@ -121,6 +165,7 @@ TABLES = {
         gradinit_images,
         gradinit_post_norm,
         gradinit_cost,
+        pruning_speed,
     )
 }
 

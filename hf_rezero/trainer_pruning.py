@@ -1,0 +1,497 @@
+"""Learned masks on the model of a Trainer, and their removal in the middle of a run."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import reduce
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .pruning.groups import PruningGroup, find_groups
+from .pruning.masks import Masks, attach_masks
+from .pruning.report import PruningReport, from_ranges
+from .pruning.sparsity import select
+from .pruning.storage import read_provenance, replay_
+from .pruning.surgery import remove_pruned_
+
+
+logger = logging.get_logger(__name__)
+
+LAYER_OPTIONS = {"l1": ("capture",), "l0": ("beta", "log_alpha", "penalty", "estimator", "per_example")}
+LEARNING_RATES = {"l1": 1e-2, "l0": 5e-2}
+
+
+class Steps(NamedTuple):
+    """Masks are there from step `start` to step `end`, and pull harder over the first `warmup` steps of these."""
+
+    start: int
+    end: int
+    warmup: int
+
+
+@dataclass
+class PruningConfig:
+    """When and how `ReZeroTrainer` prunes; `attach_masks` and the mask layers explain what is not explained here.
+
+    The units are removed at `end_step`; the steps after it fine-tune the smaller model, and there should be many.
+
+    Attributes:
+        method: "l1" or "l0".
+        targets: What to prune, see `find_groups`.
+        target_sparsity: Fraction of the prunable parameters that shall go.
+        lambda_: Fixed factor of the penalty, where there is no target.
+        start_step: The masks come after so many steps; residual weights must have moved from 0 by then.
+        end_step: The masks go after so many steps; default: half of the steps that are left at `start_step`.
+        warmup_steps: Default: half of the steps with masks if there is a target, else 0.
+        mask_learning_rate: Of Adam, which trains the masks at a constant rate; default: 0.01 for l1, 0.05 for l0.
+        beta_end: The temperature of L0 falls from `beta` to this value, linearly from `start_step` to `end_step`.
+        cost: "units" charges every unit alike, "params" its parameters; or costs by module as `attach_masks` takes.
+        round_to: Kept units of each group are a multiple of this, or by kind.
+    """
+
+    method: str = "l1"
+    targets: tuple[str, ...] = ("heads", "neurons")
+    target_sparsity: float | None = None
+    lambda_: float | None = None
+    start_step: int = 0
+    end_step: int | None = None
+    warmup_steps: int | None = None
+    mask_learning_rate: float | None = None
+    beta: float = 2 / 3
+    beta_end: float | None = None
+    log_alpha: float = 2.5
+    penalty: str = "sigmoid"
+    estimator: str = "paper"
+    per_example: bool = False
+    capture: float = 0.02
+    min_keep: int | Mapping[str, int] = 1
+    round_to: int | Mapping[str, int] = 1
+    sphere: bool = False
+    alternate_steps: int = 0
+    hold_resweight: bool = True
+    branch_lambda: Mapping[str, float] | None = None
+    cost: str | Mapping[str, float] = "units"
+
+    def __post_init__(self):
+        if self.method not in LAYER_OPTIONS:
+            raise ValueError(f"method={self.method!r} came: expected 'l1' or 'l0'.")
+        if self.target_sparsity is None and self.lambda_ is None:
+            raise ValueError("neither target_sparsity nor lambda_ came: how much shall be pruned?")
+        if self.mask_learning_rate is None:
+            self.mask_learning_rate = LEARNING_RATES[self.method]
+        if self.method == "l1" and self.capture <= self.mask_learning_rate:
+            raise ValueError(
+                f"capture={self.capture} came with mask_learning_rate={self.mask_learning_rate}: a mask would step over "
+                f"the interval in which it is caught. Expected a larger capture or a smaller rate."
+            )
+
+    @classmethod
+    def from_arguments(cls, args: TrainingArguments) -> "PruningConfig | None":
+        """The config that `--prune_*` asks for; None without `--prune_method`."""
+        if getattr(args, "prune_method", None) is None:
+            return None
+        given = {f.name: getattr(args, f"prune_{f.name.rstrip('_')}", None) for f in fields(cls)}
+        if given["targets"] is not None:
+            given["targets"] = tuple(target.strip() for target in given["targets"].split(","))
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+    def steps(self, max_steps: int) -> Steps:
+        """The schedule in a run of so many steps.
+
+        Raises:
+            ValueError: The run has no such steps.
+        """
+        start = self.start_step
+        end = start + (max_steps - start) // 2 if self.end_step is None else self.end_step
+        if not 0 <= start < end <= max_steps:
+            raise ValueError(
+                f"start_step={start}, end_step={end} came for a run of {max_steps} steps: expected 0 <= start_step < "
+                f"end_step <= max_steps, with many steps left for fine-tuning after end_step."
+            )
+        default = 0 if self.target_sparsity is None else (end - start) // 2
+        return Steps(start, end, default if self.warmup_steps is None else self.warmup_steps)
+
+    def attach(self, model: nn.Module, warmup_steps: int) -> Masks:
+        """Masks for `model` as the config has them; what could only fail at their removal fails here.
+
+        Raises:
+            ValueError: As `find_groups`, `attach_masks` and `select`.
+        """
+        groups = find_groups(model, self.targets)
+        if (self.method, self.estimator) != ("l0", "threshold"):
+            _check_tied(model, groups)
+        options = {name: getattr(self, name) for name in LAYER_OPTIONS[self.method]}
+        options |= {n: getattr(self, n) for n in ("min_keep", "sphere", "alternate_steps", "hold_resweight")}
+        options |= {} if self.lambda_ is None else {"lambda_": self.lambda_}
+        masks = attach_masks(
+            model,
+            groups,
+            self.method,
+            target_sparsity=self.target_sparsity,
+            warmup_steps=warmup_steps,
+            branch_lambda=self.branch_lambda,
+            module_costs=self.cost,
+            **options,
+        )
+        if self.target_sparsity is not None:
+            limits = {"min_keep": self.min_keep, "round_to": self.round_to}
+            select(masks.sizes, groups, masks.split(masks.layer.scores()), self.target_sparsity, **limits)
+        return masks
+
+
+def _check_tied(model: nn.Module, groups: Sequence[PruningGroup]) -> None:
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    tied = {name for same in names.values() if len(same) > 1 for name in same}
+    read = [reader.tensor for group in groups for reader in group.readers if reader.tensor in tied]
+    if read:
+        raise ValueError(
+            f"{read[0]} is tied, so it can only take masks that end as 0 or 1: untie the embeddings, leave out the target "
+            f"that it belongs to, or use method='l0' with estimator='threshold'."
+        )
+
+
+class Pruner(TrainerCallback):
+    """Takes a run of a Trainer through training, training with masks, and fine-tuning without the removed units.
+
+    All happens inside of one training loop. Masks have an optimizer of their own, Adam at a constant rate, so neither
+    the schedule nor what the optimizer of the run does (decay, trust ratios, slow weights) reaches them. The penalty is
+    added as a gradient, once for each step: losses, their logs and their scaling never see it.
+    """
+
+    def __init__(self, trainer: "PruningTrainer", config: PruningConfig):
+        self.trainer, self.config = trainer, config
+        self.optimizer = self.steps = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget an earlier call of `train`."""
+        if getattr(self.trainer.model, "pruning_masks", None) is not None:
+            self.trainer.model.pruning_masks.detach_()
+        self.masks = self.batch = self.restored = None
+        self.removed = False
+
+    def state(self) -> dict:
+        """What a checkpoint needs beside the weights, see `restore`."""
+        state = {"method": self.config.method, "targets": list(self.config.targets), "removed": self.removed}
+        if self.masks is not None:
+            state |= {"masks": self.masks.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.removed:
+            report = self.trainer.pruning_report
+            provenance = _provenance(self.trainer.model)
+            state |= {"provenance": provenance, "report": report and report.to_dict()}
+        return state
+
+    def restore(self, state: dict, checkpoint: str) -> None:
+        """Take over what `state` has saved; masks follow when training begins.
+
+        Raises:
+            ValueError: It is from another kind of pruning.
+        """
+        wanted = self.config.method, list(self.config.targets)
+        if state and (state["method"], state["targets"]) != wanted:
+            raise ValueError(
+                f"{checkpoint} prunes {', '.join(state['targets'])} by {state['method']}, and this run "
+                f"{', '.join(wanted[1])} by {wanted[0]}: give the same arguments, or start anew."
+            )
+        self.restored, self.removed = state, state.get("removed", False)
+        if state.get("report"):
+            self.trainer.pruning_report = _report_of(state["report"])
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.steps = self.config.steps(state.max_steps)
+        saved = self.restored or {}
+        if not self.removed and state.global_step > self.steps.start and "masks" not in saved:
+            raise ValueError(
+                f"the checkpoint is of step {state.global_step} and has no masks, and start_step={self.steps.start}: "
+                f"give a start_step from {state.global_step} on, or resume from an earlier checkpoint."
+            )
+        if "masks" in saved:
+            self._attach(saved, state.global_step)
+        self._advance(state)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.masks is not None and self.config.method == "l0" and self.config.beta_end is not None:
+            done = (state.global_step - self.steps.start) / (self.steps.end - self.steps.start)
+            self.masks.layer.beta.fill_(self.config.beta + done * (self.config.beta_end - self.config.beta))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.masks is None:
+            return
+        for parameter in self.masks.parameters():
+            # the data gradient: DDP was built without the masks, and the gradient scaler does not know their optimizer
+            parameter.grad = self._reduced(parameter)
+        self.masks.penalty().backward()
+        self.masks.before_step()
+
+    def _reduced(self, parameter: nn.Parameter) -> torch.Tensor:
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if self.trainer.accelerator.num_processes > 1:
+            gradient = reduce(gradient, "mean")
+        scaler = getattr(self.trainer.accelerator, "scaler", None)
+        return gradient if scaler is None else gradient / scaler.get_scale()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.masks is None or self._overflows():
+            return
+        self.optimizer.step()
+        self.masks.after_step()
+
+    def _overflows(self) -> bool:
+        """Whether a gradient scaler skips this step; inside of a fused optimizer it does so unnoticed."""
+        if getattr(self.trainer.accelerator, "scaler", None) is None:
+            return False
+        gradients = [p.grad for p in self.masks.parameters() if p.grad is not None]
+        finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
+        return self.trainer.accelerator.optimizer_step_was_skipped or not finite
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._advance(state)
+
+    def _advance(self, state: TrainerState) -> None:
+        """Attach or remove masks where it is time, after the gradients are gone and before anything is saved."""
+        if self.removed:
+            return
+        if self.masks is None and state.global_step >= self.steps.start:
+            self._attach({}, state.global_step)
+        if self.masks is not None and state.global_step >= self.steps.end:
+            self._remove()
+
+    def _attach(self, saved: dict, step: int) -> None:
+        try:
+            self.masks = self.config.attach(self.trainer.model, self.steps.warmup)
+        except ValueError as error:
+            raise ValueError(f"no masks can be attached at start_step={self.steps.start}: {error}") from None
+        self.optimizer = torch.optim.Adam(self.masks.parameters(), lr=self.config.mask_learning_rate)
+        if saved:
+            self.masks.load_state_dict(saved["masks"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+        if self.trainer.is_world_process_zero():
+            _truncate_history(self._folder() / "history.jsonl", step if saved else -1)
+
+    def _folder(self) -> Path:
+        return Path(self.trainer.args.output_dir, "pruning")
+
+    def _remove(self) -> None:
+        trainer, optimizer = self.trainer, self.trainer.optimizer
+        batch = None if self.batch is None else trainer._prepare_inputs(self.batch)
+        groups = list(optimizer.param_groups)
+        self.masks.zero_grad()
+        report = remove_pruned_(
+            trainer.model, self.masks, round_to=self.config.round_to, batch=batch, optimizer=optimizer
+        )
+        self.masks = self.optimizer = self.batch = None
+        self.removed, trainer.pruning_report = True, report
+        _follow(trainer.lr_scheduler, groups, optimizer.param_groups)
+        trainer.model_wrapped = rewrap(trainer.accelerator, trainer.model_wrapped, trainer.model)
+        if trainer.is_world_process_zero():
+            report.save(self._folder() / "report.json")
+            logger.info(str(report))
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """What stands beside a training loss: of the masks, or of the smaller model."""
+        masks = self.masks
+        if masks is None:
+            parameters = sum(p.numel() for p in self.trainer.model.parameters())
+            return {"parameters": parameters} if self.removed else {}
+        factors = masks.split(masks.layer.estimate())
+        steered = self.config.method == "l0" and self.config.target_sparsity is not None
+        factor = masks.pull.multipliers[0] if steered else masks.pull.lambda_
+        if self.config.target_sparsity is None:
+            factor = factor * masks.pull.warmup()
+        self._note({name: int(factor.count_nonzero()) for name, factor in factors.items()})
+        return {
+            "prune_penalty": float(masks.penalty()),
+            "prune_expected_sparsity": float(masks.expected_sparsity()),
+            "prune_sparsity": float(masks.sizes.sparsity({n: (z != 0).double() for n, z in factors.items()})),
+            "prune_lambda": float(factor),
+        }
+
+    def _note(self, kept: dict[str, int]) -> None:
+        """Append the open units of each group to the history."""
+        if self.trainer.is_world_process_zero():
+            self._folder().mkdir(parents=True, exist_ok=True)
+            with (self._folder() / "history.jsonl").open("a") as file:
+                file.write(json.dumps({"step": self.trainer.state.global_step, "kept": kept}) + "\n")
+
+
+def _report_of(saved: dict) -> PruningReport:
+    kept = {name: from_ranges(ranges) for name, ranges in saved["kept"].items()}
+    return PruningReport(**saved | {"kept": kept})
+
+
+def _truncate_history(path: Path, step: int) -> None:
+    """Drop what an interrupted run has written after its last checkpoint, or an earlier run altogether."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+
+def _follow(scheduler: Any, before: list[dict], after: list[dict]) -> None:
+    """Drop what a scheduler keeps for groups of its optimizer that are gone."""
+    left = [index for index, group in enumerate(before) if any(group is other for other in after)]
+    for name, value in vars(scheduler).items():
+        if isinstance(value, list) and len(value) == len(before):
+            setattr(scheduler, name, [value[index] for index in left])
+
+
+def rewrap(accelerator, wrapped: nn.Module, model: nn.Module) -> nn.Module:
+    """A wrapper like `wrapped` for a model that has other parameters now; the old one can train no more."""
+    if not isinstance(wrapped, DistributedDataParallel):
+        return wrapped
+    # the hooks of the old reducer on the parameters that stay are removed when it is destroyed
+    wrapped.reducer = wrapped.logger = None
+    handler = accelerator.ddp_handler
+    options = {} if handler is None else handler.to_kwargs()
+    new = DistributedDataParallel(model, device_ids=wrapped.device_ids, output_device=wrapped.output_device, **options)
+    if handler is not None:
+        handler.register_comm_hook(new)
+    accelerator._models = [new if known is wrapped else known for known in accelerator._models]
+    return new
+
+
+def _provenance(model: nn.Module) -> dict | None:
+    return getattr(getattr(model, "config", model), "pruning" if hasattr(model, "config") else "pruned", None)
+
+
+def cut_like(model: nn.Module, checkpoint: str, state: dict) -> None:
+    """Cut a model that was built as before pruning to the shapes of a checkpoint; one that has them stays as it is.
+
+    Raises:
+        ValueError: The model was pruned before, and in another way.
+    """
+    saved, own = state.get("provenance"), _provenance(model)
+    if saved is None:
+        try:
+            saved = read_provenance(checkpoint)
+        except ValueError:
+            return
+    if own is not None and own != saved:
+        raise ValueError(
+            f"the model was pruned in another way than the one in {checkpoint}: load the model from this checkpoint "
+            f"with from_pretrained, then resume."
+        )
+    replay_(model, saved)
+
+
+class PruningTrainer(Trainer):
+    """The `Trainer` with a `Pruner`: see `ReZeroTrainer`."""
+
+    def __init__(self, *args, pruning: PruningConfig | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pruning, self.pruning_report = pruning or PruningConfig.from_arguments(self.args), None
+        self.pruner = None
+        if self.pruning is not None:
+            self._check_pruning(self.pruning)
+            self.pruner = Pruner(self, self.pruning)
+            self.add_callback(self.pruner)
+
+    def _check_pruning(self, config: PruningConfig) -> None:
+        args = self.args
+        excluded = {
+            "torch_compile": args.torch_compile,
+            "deepspeed": self.is_deepspeed_enabled,
+            "fsdp": self.is_fsdp_enabled or self.is_fsdp_xla_enabled,
+            "load_best_model_at_end": args.load_best_model_at_end,
+            "auto_find_batch_size": args.auto_find_batch_size,
+            "DataParallel (start one process per GPU with torchrun)": args.n_gpu > 1,
+        }
+        given = [name for name, value in excluded.items() if value]
+        if given:
+            raise ValueError(
+                f"pruning came with {', '.join(given)}: the shapes of the model change in the middle of the run. "
+                f"Leave it out, or prune first and train the smaller model with it."
+            )
+        if args.max_steps > 0:
+            config.steps(args.max_steps)
+        if config.method == "l1" and not args.weight_decay and not config.sphere:
+            logger.warning(
+                "L1 masks without weight_decay: the weights can grow as the masks shrink, and the penalty has no effect "
+                "in the limit. Give --weight_decay, or sphere=True."
+            )
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Train, from the first phase on or from that of the checkpoint."""
+        if self.pruner is not None:
+            self.pruner.reset()
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load weights into a model of the shapes that they have.
+
+        Raises:
+            ValueError: The checkpoint has masks, and this run has none, or others.
+        """
+        path = Path(resume_from_checkpoint, "pruning.pt")
+        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        if self.pruner is not None:
+            self.pruner.restore(state, resume_from_checkpoint)
+        elif "masks" in state:
+            raise ValueError(
+                f"{resume_from_checkpoint} was saved while masks were trained: give its --prune_* arguments."
+            )
+        cut_like(self.model if model is None else model, resume_from_checkpoint, state)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def training_step(self, model: nn.Module, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Train on a batch, with the wrapper of the smaller model where the loop still has the first one."""
+        if self.pruner is not None and self.pruner.masks is not None:
+            self.pruner.batch = inputs
+        if self.pruner is None or not self.pruner.removed or self.model_wrapped is model:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with nullcontext() if self.accelerator.sync_gradients else self.accelerator.no_sync(self.model_wrapped):
+            return super().training_step(self.model_wrapped, inputs, num_items_in_batch)
+
+    def _clip_grad_norm(self, model: nn.Module):
+        return super()._clip_grad_norm(self._without_masks(model))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        return super()._get_grad_norm(self._without_masks(model), grad_norm)
+
+    def _without_masks(self, model: nn.Module):
+        """What clipping sees: no masks, of which a large gradient would shrink the step of the weights."""
+        if self.pruner is None or self.pruner.masks is None:
+            return model
+        masks = {id(p) for p in self.pruner.masks.parameters()}
+        return SimpleNamespace(parameters=lambda: [p for p in model.parameters() if id(p) not in masks])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the model, without masks."""
+        if self.pruner is not None and self.pruner.masks is not None:
+            state_dict = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: t for name, t in state_dict.items() if not name.startswith("pruning_masks.")}
+        super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """Save a checkpoint; the state of pruning first, as the Trainer ends with the mark of a complete one."""
+        if self.pruner is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.pruner.state(), folder / "pruning.tmp")
+            (folder / "pruning.tmp").replace(folder / "pruning.pt")
+        super()._save_checkpoint(model, trial)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the state of the masks beside every training loss."""
+        if "loss" in logs and self.pruner is not None:
+            logs |= self.pruner.metrics()
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Draft the model card, with what pruning did if it did something."""
+        super().create_model_card(*args, **kwargs)
+        if self.pruning_report is not None and self.is_world_process_zero():
+            with Path(self.args.output_dir, "README.md").open("a") as card:
+                card.write(f"\n### Pruning\n\n```\n{self.pruning_report}\n```\n")
