@@ -35,19 +35,24 @@ class Penalty(nn.Module):
 
 
 class LambdaController(Penalty):
-    """lambda <- lambda exp(gain (target_t - sparsity)), for L1: the factor grows until enough units are caught.
+    """lambda <- lambda exp(gain (target_t - sparsity)), for L1: the factor grows while too few units are caught.
 
-    The target grows linearly over the warmup; once it is reached, nothing more is caught.
+    The target grows linearly over the warmup. Where it is met nothing more is caught, and the masks are free: to pull
+    those that stay would only cost quality.
     """
 
     gain = 0.05
 
+    def gap(self, masks) -> float:
+        """Target of this step minus sparsity."""
+        return self.warmup() * self.target_sparsity - float(masks.expected_sparsity())
+
     def forward(self, masks) -> torch.Tensor:
-        return self.lambda_ * (masks.weights * masks.layer.penalties()).sum()
+        pull = self.lambda_ if self.gap(masks) > 0 else 0.0
+        return pull * (masks.weights * masks.layer.penalties()).sum()
 
     def after_step(self, masks) -> None:
-        gap = self.warmup() * self.target_sparsity - float(masks.expected_sparsity())
-        self.lambda_ *= torch.tensor(self.gain * gap).exp()
+        self.lambda_ *= torch.tensor(self.gain * self.gap(masks)).exp()
         super().after_step(masks)
 
 
