@@ -57,9 +57,10 @@ class LambdaController(Penalty):
 
 
 class Lagrangian(Penalty):
-    """l1 (t - s) + l2 (t - s)^2, for L0, where s is the expected sparsity and l1, l2 rise on the gap t - s.
+    """l1 max(0, t - s) + l2 (t - s)^2, for L0, where s is the expected sparsity and l1, l2 rise with the gap t - s.
 
-    Wang, Wohlwend and Lei 2020 (FLOP, arXiv:1910.04732), section 4; t grows linearly over the warmup.
+    After Wang, Wohlwend and Lei 2020 (FLOP, arXiv:1910.04732), section 4, whose first term is l1 (t - s): that one goes
+    on to close gates beyond the target until l1 has come down to 0. t grows linearly over the warmup.
     """
 
     rate = 1.0
@@ -69,17 +70,18 @@ class Lagrangian(Penalty):
         self.register_buffer("multipliers", torch.zeros(2))
 
     def gap(self, masks) -> torch.Tensor:
-        """Target minus expected sparsity."""
+        """Target of this step minus expected sparsity."""
         return self.warmup() * self.target_sparsity - masks.expected_sparsity()
 
     def forward(self, masks) -> torch.Tensor:
         gap = self.gap(masks)
-        return self.multipliers[0] * gap + self.multipliers[1] * gap.square()
+        return self.multipliers[0] * gap.clamp(min=0) + self.multipliers[1] * gap.square()
 
     @torch.no_grad()
     def after_step(self, masks) -> None:
         gap = self.gap(masks)
         self.multipliers += self.rate * torch.stack([gap, gap.square()]).to(self.multipliers)
+        self.multipliers.clamp_(min=0)
         super().after_step(masks)
 
 
