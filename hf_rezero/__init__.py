@@ -11,6 +11,7 @@ from transformers import (
 
 from .data import load_corpus
 from .gradinit import gradinit_
+from .grow import grow_
 from .layers import ReZero, RZTXDecoderLayer, RZTXEncoderLayer
 from .metainit import metainit_
 from .models.rezero.configuration_rezero import ReZeroConfig
@@ -64,6 +65,7 @@ __all__ = [
     "byte_tokenizer",
     "centralize_gradients",
     "gradinit_",
+    "grow_",
     "load_corpus",
     "lookahead",
     "metainit_",

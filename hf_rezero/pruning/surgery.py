@@ -273,18 +273,21 @@ def _remove_parts(model: nn.Module, parts: Sequence[str]) -> dict[str, list[int]
         left[name] = [i for i in range(len(stack)) if i not in gone]
         for index in sorted(gone, reverse=True):
             del stack[index]
-        _renumber(stack)
-    for module in model.modules():
-        if hasattr(module, "number_attention_layers"):
-            module.number_attention_layers()
+        renumber_layers(model, stack)
+    if not stacks:
+        renumber_layers(model, ())
     return left
 
 
-def _renumber(stack: Iterable[nn.Module]) -> None:
+def renumber_layers(model: nn.Module, stack: Iterable[nn.Module]) -> None:
+    """Give the layers of a stack, whose number has changed, their places in the cache."""
     for index, layer in enumerate(stack):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = index
+    for module in model.modules():
+        if hasattr(module, "number_attention_layers"):
+            module.number_attention_layers()
 
 
 def _write_config(model: nn.Module, report: PruningReport, left: Mapping[str, list[int]]) -> None:
@@ -304,7 +307,7 @@ def _write_config(model: nn.Module, report: PruningReport, left: Mapping[str, li
     if left:
         config.num_hidden_layers = len(next(iter(left.values())))
     if getattr(model, "_supports_per_layer_config", False):
-        _write_sizes(model, config)
+        write_sizes(model, config)
     config.pruning = provenance
 
 
@@ -329,7 +332,7 @@ def _rename(name: str, left: Mapping[str, list[int]]) -> str | None:
     return name
 
 
-def _write_sizes(model: nn.Module, config) -> None:
+def write_sizes(model: nn.Module, config) -> None:
     """The sizes of each layer: as plain values where all agree, else as overrides of one layer."""
     stack = next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "layers")
     heads, fields = config.head_dim, ("num_attention_heads", "num_key_value_heads", "intermediate_size")

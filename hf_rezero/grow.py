@@ -1,0 +1,126 @@
+"""Deeper models from trained ones: new layers that are the identity when they are put in."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .pruning import find_groups, reinitialize_
+from .pruning.surgery import renumber_layers, write_sizes
+
+
+@torch.no_grad()
+def grow_(
+    model: nn.Module,
+    num_layers: int | None = None,
+    *,
+    after: Sequence[int] | None = None,
+    stack: str | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list[int]:
+    """Put new layers into a trained model, which computes what it did, to the bit.
+
+    A new layer has the sizes of the layer before it, fresh weights, and residual weights of 0, x + 0 F(x) = x
+    (Bachlechner et al. 2020, section 3); in pre-norm models without residual weights the last projections are 0.
+
+    Args:
+        model: A ReZero or pre-norm model, changed in place with its config; layers that only change their input by a
+            residual branch.
+        num_layers: Layers to add, evenly spread over the depth.
+        after: Instead: indices of the present layers behind each of which one is added; repeated for several.
+        stack: Name of the list of layers, where a model has several, such as the stages of a ResNet.
+        optimizer: Takes the new parameters into the groups of their neighbours; the state of the others stays.
+
+    Returns:
+        The indices of the new layers in the larger stack.
+
+    Raises:
+        ValueError: Not exactly one of `num_layers` and `after`, an index out of range, or no or several stacks.
+
+    Example:
+        >>> import torch
+        >>> from hf_rezero import ReZeroConfig, ReZeroForCausalLM, grow_
+        >>> model = ReZeroForCausalLM(ReZeroConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)).eval()
+        >>> ids = torch.arange(8)[None]
+        >>> before = model(ids).logits
+        >>> grow_(model, 4)
+        [1, 2, 4, 5]
+        >>> torch.equal(model(ids).logits, before), model.config.num_hidden_layers
+        (True, 6)
+    """
+    group = _find_stack(model, stack)
+    old = model.get_submodule(group.name)
+    places = _places(len(old), num_layers, after)
+    allowed = {
+        int(part.rpartition(".")[2]): [gate.removeprefix(f"{part}.") for gate in gates]
+        for part, gates in zip(group.parts, group.gates, strict=True)
+    }
+    barred = sorted(set(places) - set(allowed))
+    if barred:
+        raise ValueError(
+            f"after={barred} came: expected layers that keep the shape of their input, {sorted(allowed)}."
+        )
+    layers, new = [], []
+    for index, layer in enumerate(list(old)):
+        layers.append(layer)
+        for _ in range(places.count(index)):
+            layers.append(_identity_layer(model, layer, allowed[index]))
+            new.append(len(layers) - 1)
+            if optimizer is not None:
+                _join_groups(optimizer, layer, layers[-1])
+    _replace(model, group.name, layers)
+    return new
+
+
+def _find_stack(model: nn.Module, stack: str | None):
+    groups = [group for group in find_groups(model, ["layers"]) if stack in (None, group.name)]
+    if len(groups) != 1:
+        names = [group.name for group in find_groups(model, ["layers"])]
+        raise ValueError(f"stack={stack!r} came: expected one of {', '.join(names)}.")
+    return groups[0]
+
+
+def _places(depth: int, num_layers: int | None, after: Sequence[int] | None) -> list[int]:
+    """The layer behind which each new one goes."""
+    if (num_layers is None) == (after is None):
+        raise ValueError("give exactly one of `num_layers` and `after`.")
+    if after is None:
+        if num_layers < 1:
+            raise ValueError(f"num_layers={num_layers} came: expected at least 1.")
+        return [i * depth // num_layers for i in range(num_layers)]
+    wrong = [index for index in after if not 0 <= index < depth]
+    if wrong or not after:
+        raise ValueError(f"after={list(after)} came: expected indices from 0 to {depth - 1}.")
+    return list(after)
+
+
+def _identity_layer(model: nn.Module, neighbour: nn.Module, gates: Sequence[str]) -> nn.Module:
+    layer = reinitialize_(copy.deepcopy(neighbour), getattr(model, "_init_weights", None))
+    tensors = dict(layer.named_parameters())
+    for gate in gates:
+        tensors[gate].zero_()
+    for parameter in layer.parameters():
+        parameter.grad = None
+    return layer
+
+
+def _join_groups(optimizer: torch.optim.Optimizer, neighbour: nn.Module, layer: nn.Module) -> None:
+    """Each new parameter into the group that has the same parameter of the neighbour."""
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    for old, new in zip(neighbour.parameters(), layer.parameters(), strict=True):
+        if old in group_of:
+            group_of[old]["params"].append(new)
+
+
+def _replace(model: nn.Module, name: str, layers: list[nn.Module]) -> None:
+    stack = model.get_submodule(name)
+    while len(stack):
+        del stack[-1]
+    stack.extend(layers)
+    renumber_layers(model, stack)
+    config = getattr(model, "config", None)
+    if hasattr(config, "num_hidden_layers"):
+        config.num_hidden_layers = len(layers)
+    if getattr(model, "_supports_per_layer_config", False):
+        write_sizes(model, config)
