@@ -165,9 +165,14 @@ TABLES = {
         gradinit_images,
         gradinit_post_norm,
         gradinit_cost,
+        pruning_curve_images,
+        pruning_curve_text,
         pruning_speed,
     )
 }
+
+# tables that share a result file with another
+SOURCES = dict.fromkeys(("pruning_curve_images", "pruning_curve_text"), "pruning_curve")
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -181,7 +186,8 @@ def render(text: str) -> str:
 
     def replace(match: re.Match) -> str:
         name = match[1]
-        return f"<!-- table:{name} -->\n{markdown(TABLES[name](read_json(RESULTS / f'{name}.json')))}\n<!-- end -->"
+        results = read_json(RESULTS / f"{SOURCES.get(name, name)}.json")
+        return f"<!-- table:{name} -->\n{markdown(TABLES[name](results))}\n<!-- end -->"
 
     return re.sub(r"<!-- table:(\w+) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
