@@ -4,6 +4,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -22,6 +23,10 @@ from .models.rezero.modeling_rezero import (
     ReZeroForTokenClassification,
     ReZeroModel,
 )
+from .models.rezero_mlp.configuration_rezero_mlp import ReZeroMLPConfig
+from .models.rezero_mlp.modeling_rezero_mlp import ReZeroMLPForImageClassification, ReZeroMLPModel
+from .models.rezero_resnet.configuration_rezero_resnet import ReZeroResNetConfig
+from .models.rezero_resnet.modeling_rezero_resnet import ReZeroResNetForImageClassification, ReZeroResNetModel
 from .optim import LAMB, LARS, RAdam, Ranger, RangerLARS, centralize_gradients, lookahead, param_groups
 from .tokenization import byte_tokenizer
 from .trainer import ReZeroTrainer, ReZeroTrainingArguments
@@ -31,16 +36,21 @@ from .trainer_pruning import PruningConfig
 
 __version__ = "0.1.0"
 
-AutoConfig.register(ReZeroConfig.model_type, ReZeroConfig, exist_ok=True)
-ReZeroConfig.register_for_auto_class()
+for config_class in (ReZeroConfig, ReZeroMLPConfig, ReZeroResNetConfig):
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    config_class.register_for_auto_class()
 for auto_class, model_class in (
     (AutoModel, ReZeroModel),
     (AutoModelForCausalLM, ReZeroForCausalLM),
     (AutoModelForMaskedLM, ReZeroForMaskedLM),
     (AutoModelForSequenceClassification, ReZeroForSequenceClassification),
     (AutoModelForTokenClassification, ReZeroForTokenClassification),
+    (AutoModel, ReZeroMLPModel),
+    (AutoModelForImageClassification, ReZeroMLPForImageClassification),
+    (AutoModel, ReZeroResNetModel),
+    (AutoModelForImageClassification, ReZeroResNetForImageClassification),
 ):
-    auto_class.register(ReZeroConfig, model_class, exist_ok=True)
+    auto_class.register(model_class.config_class, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class.__name__)
 
 __all__ = [
@@ -59,7 +69,13 @@ __all__ = [
     "ReZeroForMaskedLM",
     "ReZeroForSequenceClassification",
     "ReZeroForTokenClassification",
+    "ReZeroMLPConfig",
+    "ReZeroMLPForImageClassification",
+    "ReZeroMLPModel",
     "ReZeroModel",
+    "ReZeroResNetConfig",
+    "ReZeroResNetForImageClassification",
+    "ReZeroResNetModel",
     "ReZeroTrainer",
     "ReZeroTrainingArguments",
     "byte_tokenizer",

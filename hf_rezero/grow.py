@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 from .pruning import find_groups, reinitialize_
-from .pruning.surgery import renumber_layers, write_sizes
+from .pruning.surgery import renumber_layers, write_config
+
+# what ends a branch, and starts at 0 in a model whose residual weights are frozen
+LAST_PROJECTIONS = ("o_proj", "down_proj")
 
 
 @torch.no_grad()
@@ -22,7 +25,8 @@ def grow_(
     """Put new layers into a trained model, which computes what it did, to the bit.
 
     A new layer has the sizes of the layer before it, fresh weights, and residual weights of 0, x + 0 F(x) = x
-    (Bachlechner et al. 2020, section 3); in pre-norm models without residual weights the last projections are 0.
+    (Bachlechner et al. 2020, section 3); in pre-norm models without residual weights, or with frozen ones, the last
+    projections are 0.
 
     Args:
         model: A ReZero or pre-norm model, changed in place with its config; layers that only change their input by a
@@ -36,7 +40,8 @@ def grow_(
         The indices of the new layers in the larger stack.
 
     Raises:
-        ValueError: Not exactly one of `num_layers` and `after`, an index out of range, or no or several stacks.
+        ValueError: Not exactly one of `num_layers` and `after`, an index out of range, no or several stacks, or frozen
+            residual weights with nothing else that could start at 0.
 
     Example:
         >>> import torch
@@ -51,11 +56,11 @@ def grow_(
     """
     group = _find_stack(model, stack)
     old = model.get_submodule(group.name)
-    places = _places(len(old), num_layers, after)
     allowed = {
         int(part.rpartition(".")[2]): [gate.removeprefix(f"{part}.") for gate in gates]
         for part, gates in zip(group.parts, group.gates, strict=True)
     }
+    places = _places(len(old), sorted(allowed), num_layers, after)
     barred = sorted(set(places) - set(allowed))
     if barred:
         raise ValueError(
@@ -81,14 +86,14 @@ def _find_stack(model: nn.Module, stack: str | None):
     return groups[0]
 
 
-def _places(depth: int, num_layers: int | None, after: Sequence[int] | None) -> list[int]:
+def _places(depth: int, allowed: Sequence[int], num_layers: int | None, after: Sequence[int] | None) -> list[int]:
     """The layer behind which each new one goes."""
     if (num_layers is None) == (after is None):
         raise ValueError("give exactly one of `num_layers` and `after`.")
     if after is None:
         if num_layers < 1:
             raise ValueError(f"num_layers={num_layers} came: expected at least 1.")
-        return [i * depth // num_layers for i in range(num_layers)]
+        return [allowed[i * len(allowed) // num_layers] for i in range(num_layers)]
     wrong = [index for index in after if not 0 <= index < depth]
     if wrong or not after:
         raise ValueError(f"after={list(after)} came: expected indices from 0 to {depth - 1}.")
@@ -98,6 +103,13 @@ def _places(depth: int, num_layers: int | None, after: Sequence[int] | None) -> 
 def _identity_layer(model: nn.Module, neighbour: nn.Module, gates: Sequence[str]) -> nn.Module:
     layer = reinitialize_(copy.deepcopy(neighbour), getattr(model, "_init_weights", None))
     tensors = dict(layer.named_parameters())
+    if not any(tensors[gate].requires_grad for gate in gates):
+        gates = [name for name in tensors if name.rpartition(".")[0].endswith(LAST_PROJECTIONS)]
+        if not gates:
+            raise ValueError(
+                "the residual weights are frozen: a new layer could never leave 0. Set config.resweight_trainable "
+                "and `requires_grad` of the residual weights to True, or grow another model."
+            )
     for gate in gates:
         tensors[gate].zero_()
     for parameter in layer.parameters():
@@ -119,8 +131,4 @@ def _replace(model: nn.Module, name: str, layers: list[nn.Module]) -> None:
         del stack[-1]
     stack.extend(layers)
     renumber_layers(model, stack)
-    config = getattr(model, "config", None)
-    if hasattr(config, "num_hidden_layers"):
-        config.num_hidden_layers = len(layers)
-    if getattr(model, "_supports_per_layer_config", False):
-        write_sizes(model, config)
+    write_config(model, len(layers))

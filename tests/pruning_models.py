@@ -17,7 +17,14 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from hf_rezero import ReZeroConfig, ReZeroForCausalLM
+from hf_rezero import (
+    ReZeroConfig,
+    ReZeroForCausalLM,
+    ReZeroMLPConfig,
+    ReZeroMLPForImageClassification,
+    ReZeroResNetConfig,
+    ReZeroResNetForImageClassification,
+)
 
 
 def rezero(**config):
@@ -90,8 +97,29 @@ def residual_net():
     )
 
 
+def rezero_resnet(**config):
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [3, 2], "num_labels": 4}
+    return ReZeroResNetForImageClassification(ReZeroResNetConfig(**sizes | config))
+
+
+def rezero_bottleneck():
+    return rezero_resnet(
+        layer_type="bottleneck", hidden_sizes=[16, 32], activation_position="pre", shortcut_type="projection"
+    )
+
+
+def plain_resnet():
+    return rezero_resnet(activation_position="sum", resweight_init=1, resweight_trainable=False)
+
+
+def rezero_mlp(**config):
+    sizes = {"image_size": 8, "hidden_size": 12, "num_hidden_layers": 5, "num_labels": 4}
+    return ReZeroMLPForImageClassification(ReZeroMLPConfig(**sizes | config))
+
+
+REZERO_IMAGE = {f.__name__: f for f in (rezero_resnet, rezero_bottleneck, plain_resnet, rezero_mlp)}
 TEXT = {f.__name__: f for f in (rezero, rezero_gqa, gpt2, llama, bert, roberta, distilbert)}
-IMAGE = {f.__name__: f for f in (seed_net, resnet, bottleneck_resnet, residual_net)}
+IMAGE = {f.__name__: f for f in (seed_net, resnet, bottleneck_resnet, residual_net)} | REZERO_IMAGE
 
 
 def build(name, dtype=torch.float64, seed=0):
@@ -107,7 +135,7 @@ def build(name, dtype=torch.float64, seed=0):
 def ids_or_picture(name, ids, picture):
     if name in TEXT:
         return {"input_ids": ids}
-    return {"pixel_values": picture} if "resnet" in name else picture
+    return {"pixel_values": picture} if name in REZERO_IMAGE or "resnet" in name else picture
 
 
 @torch.no_grad()

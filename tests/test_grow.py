@@ -51,6 +51,18 @@ def test_new_layers_have_fresh_weights_and_learn():
     assert all(parameter.grad.any() for parameter in new.parameters())
 
 
+def test_new_layers_of_a_model_with_frozen_residual_weights_learn():
+    model = stir(rezero(norm_position="pre", resweight_init=1, resweight_trainable=False))
+    before = model(IDS).logits
+    (index,) = grow_(model, after=[1])
+    assert torch.equal(model(IDS).logits, before)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    assert all(p.grad.any() for p in model.model.layers[index].parameters() if p.requires_grad)
+
+
 OPTIMIZERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-2),
     "fused": lambda groups: torch.optim.AdamW(groups, lr=1e-2, fused=True),

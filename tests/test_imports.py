@@ -13,6 +13,14 @@ PACKAGE = Path(hf_rezero.__file__).parent
 ALLOWED = {
     "models/rezero/configuration_rezero.py": {"transformers"},
     "models/rezero/modeling_rezero.py": {"torch", "transformers", "configuration_rezero"},
+    **{
+        f"models/{name}/{kind}_{name}.py": allowed
+        for name in ("rezero_mlp", "rezero_resnet")
+        for kind, allowed in (
+            ("configuration", {"transformers"}),
+            ("modeling", {"torch", "transformers", f"configuration_{name}"}),
+        )
+    },
     "layers.py": {"torch"},
     **{
         f"optim/{path.name}": {"torch", *(p.stem for p in path.parent.glob("*.py"))}
@@ -74,7 +82,13 @@ def test_public_names_are_pinned():
         "ReZeroForMaskedLM",
         "ReZeroForSequenceClassification",
         "ReZeroForTokenClassification",
+        "ReZeroMLPConfig",
+        "ReZeroMLPForImageClassification",
+        "ReZeroMLPModel",
         "ReZeroModel",
+        "ReZeroResNetConfig",
+        "ReZeroResNetForImageClassification",
+        "ReZeroResNetModel",
         "ReZeroTrainer",
         "ReZeroTrainingArguments",
         "byte_tokenizer",

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from pruning_models import IMAGE, TEXT, build, rezero, seed_net, set_masks, stir
+from pruning_models import IMAGE, REZERO_IMAGE, TEXT, build, rezero, seed_net, set_masks, stir
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM
 
 from hf_rezero import LAMB, Ranger, lookahead, param_groups
 from hf_rezero.pruning import (
@@ -31,9 +31,11 @@ from hf_rezero.pruning.report import from_ranges, to_ranges
 KINDS = [
     *((name, ("heads",)) for name in TEXT),
     *((name, ("neurons",)) for name in TEXT),
-    *((name, ("channels",)) for name in IMAGE),
+    *((name, ("channels",)) for name in IMAGE if name != "rezero_mlp"),
     *(("seed_net", kinds) for kinds in (("neurons",), ("channels", "neurons"))),
     *((name, ("layers",)) for name in ("rezero", "rezero_gqa", "gpt2", "llama")),
+    *((name, ("layers",)) for name in REZERO_IMAGE),
+    *((name, ("channels", "layers")) for name in ("rezero_resnet", "rezero_bottleneck", "plain_resnet")),
     *((name, ("heads", "neurons", "layers")) for name in ("rezero", "rezero_gqa", "gpt2", "llama")),
     *(("rezero_gqa", kinds) for kinds in (("sublayers",), ("width",), ("sublayers", "width", "heads", "neurons"))),
 ]
@@ -68,7 +70,9 @@ def test_a_pruned_model_comes_back(name, targets, tmp_path):
     model, batch, _ = pruned(name, targets, torch.float32, seed=1)
     save_pruned(model, tmp_path)
     torch.manual_seed(0)
-    if name.startswith("rezero"):
+    if name in REZERO_IMAGE:
+        again = AutoModelForImageClassification.from_pretrained(tmp_path)
+    elif name.startswith("rezero"):
         again = AutoModelForCausalLM.from_pretrained(tmp_path)
     elif hasattr(model, "config") and name in TEXT:
         auto = AutoModelForCausalLM if name in ("gpt2", "llama") else AutoModelForMaskedLM

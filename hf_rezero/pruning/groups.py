@@ -342,6 +342,8 @@ def _is_residual(config) -> bool:
     norm_position = getattr(config, "norm_position", "none")
     by_depth = getattr(config, "scale_attn_by_inverse_layer_idx", False)
     cross = getattr(config, "add_cross_attention", False)
+    if getattr(config, "activation_position", None) == "sum" and config.hidden_act != "relu":
+        return False  # act(x + 0) is x behind another activation only where it is relu
     return norm_position in ("none", "pre") and getattr(config, "skip_connection", True) and not by_depth and not cross
 
 

@@ -304,10 +304,7 @@ def _write_config(model: nn.Module, report: PruningReport, left: Mapping[str, li
     if config is None:
         model.pruned = provenance
         return
-    if left:
-        config.num_hidden_layers = len(next(iter(left.values())))
-    if getattr(model, "_supports_per_layer_config", False):
-        write_sizes(model, config)
+    write_config(model, len(next(iter(left.values()))) if left else None)
     config.pruning = provenance
 
 
@@ -332,7 +329,18 @@ def _rename(name: str, left: Mapping[str, list[int]]) -> str | None:
     return name
 
 
-def write_sizes(model: nn.Module, config) -> None:
+def write_config(model: nn.Module, num_layers: int | None) -> None:
+    """Describe the sizes that the model has now, if the config has words for them."""
+    config = getattr(model, "config", None)
+    if hasattr(model, "sync_config"):
+        model.sync_config()
+    elif num_layers is not None and hasattr(config, "num_hidden_layers"):
+        config.num_hidden_layers = num_layers
+    if getattr(model, "_supports_per_layer_config", False):
+        _write_sizes(model, config)
+
+
+def _write_sizes(model: nn.Module, config) -> None:
     """The sizes of each layer: as plain values where all agree, else as overrides of one layer."""
     stack = next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "layers")
     heads, fields = config.head_dim, ("num_attention_heads", "num_key_value_heads", "intermediate_size")
