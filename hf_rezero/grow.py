@@ -9,6 +9,7 @@ from torch import nn
 from .pruning import find_groups, reinitialize_
 from .pruning.surgery import renumber_layers, write_config
 
+
 # what ends a branch, and starts at 0 in a model whose residual weights are frozen
 LAST_PROJECTIONS = ("o_proj", "down_proj")
 
