@@ -2,6 +2,7 @@
 
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -15,6 +16,7 @@ from .gradinit import gradinit_
 from .grow import grow_
 from .layers import ReZero, RZTXDecoderLayer, RZTXEncoderLayer
 from .metainit import metainit_
+from .models.image_processing_gray import GrayImageProcessorPil
 from .models.rezero.configuration_rezero import ReZeroConfig
 from .models.rezero.modeling_rezero import (
     ReZeroForCausalLM,
@@ -52,6 +54,8 @@ for auto_class, model_class in (
 ):
     auto_class.register(model_class.config_class, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class.__name__)
+GrayImageProcessorPil.register_for_auto_class("AutoImageProcessor")
+AutoImageProcessor.register(ReZeroMLPConfig, image_processor_classes={"pil": GrayImageProcessorPil}, exist_ok=True)
 
 __all__ = [
     "LAMB",

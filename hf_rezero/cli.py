@@ -12,6 +12,7 @@ import yaml
 from transformers import CONFIG_MAPPING, AutoConfig, HfArgumentParser, PreTrainedConfig, PreTrainedModel, Trainer
 
 from .diagnostics import resweight_profile
+from .optim.naming import split_items
 from .plots import plot_resweights, plot_training
 from .tokenization import byte_tokenizer
 from .trainer import ReZeroTrainingArguments, last_checkpoint
@@ -103,7 +104,7 @@ def build_config(model_type: str, overrides: str | None = None, **defaults) -> P
     config_class = CONFIG_MAPPING[model_type]
     standard = config_class()
     values = dict(defaults)
-    for item in (overrides or "").split(","):
+    for item in split_items(overrides or ""):
         name, equals, value = (part.strip() for part in item.partition("="))
         if item.strip() and not equals:
             raise ValueError(f"config_overrides has {item!r}: write name=value,name=value.")
@@ -129,26 +130,43 @@ def load_model(
     Raises:
         ValueError: Overrides for a checkpoint, a vocabulary without the bytes and special tokens, or too few positions.
     """
+    # the special tokens of a foreign model type would be among the bytes, or beyond the table
+    special = {name: getattr(byte_tokenizer(), name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if not args.model_name_or_path:
+        config_values["is_causal"] = is_causal
+    model = load_any_model(args, auto_class, {"vocab_size": 264, **special}, **config_values)
+    _check_sizes(model.config, length)
+    return model
+
+
+def load_any_model(
+    args: ModelArguments, auto_class: type, shape: dict[str, Any], *, load_options: dict | None = None, **config_values
+) -> PreTrainedModel:
+    """Load a checkpoint, or make a new model of `model_type` or of a config, in the class that `auto_class` finds.
+
+    Args:
+        args: Which checkpoint, or which shape.
+        auto_class: `AutoModelForCausalLM` or another.
+        shape: Values for the config of a new model of `model_type`; `config_overrides` win over them.
+        load_options: Arguments for loading a checkpoint.
+        config_values: Values for the config of either, such as the names of labels.
+
+    Raises:
+        ValueError: Overrides for a checkpoint.
+    """
     hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
     hub |= {"trust_remote_code": args.trust_remote_code}
     options = {"attn_implementation": args.attn_implementation, "dtype": getattr(torch, args.dtype)}
     if args.config_overrides and (args.config_name or args.model_name_or_path):
         raise ValueError("--config_overrides shapes a new model: leave out --config_name and --model_name_or_path.")
     if args.model_name_or_path:
-        model = auto_class.from_pretrained(args.model_name_or_path, **hub, **options, **config_values)
-    else:
-        config = _new_config(args, hub, {"is_causal": is_causal, **config_values})
-        model = auto_class.from_config(config, trust_remote_code=args.trust_remote_code, **options)
-    _check_sizes(model.config, length)
-    return model
-
-
-def _new_config(args: ModelArguments, hub: dict, config_values: dict) -> PreTrainedConfig:
+        options |= load_options or {}
+        return auto_class.from_pretrained(args.model_name_or_path, **hub, **options, **config_values)
     if args.config_name:
-        return AutoConfig.from_pretrained(args.config_name, **hub, **config_values)
-    # the special tokens of a foreign model type would be among the bytes, or beyond the table
-    special = {name: getattr(byte_tokenizer(), name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return build_config(args.model_type, args.config_overrides, vocab_size=264, **special, **config_values)
+        config = AutoConfig.from_pretrained(args.config_name, **hub, **config_values)
+    else:
+        config = build_config(args.model_type, args.config_overrides, **shape, **config_values)
+    return auto_class.from_config(config, trust_remote_code=args.trust_remote_code, **options)
 
 
 def _check_sizes(config: PreTrainedConfig, length: int) -> None:

@@ -20,6 +20,8 @@ from .diagnostics import resweight_profile
 from .gradinit import GradInitReport
 from .optim import decays, param_groups
 from .optim.naming import BASES, FIXED, parse_name, split_arguments, wrap
+from .optim.param_groups import resweight_groups
+from .schedules import PiecewiseLinear, keep_constant
 from .trainer_gradinit import GradInitConfig, run_gradinit, state_file
 from .trainer_pruning import PruningConfig, PruningTrainer
 
@@ -33,6 +35,9 @@ class ReZeroTrainingArguments(TrainingArguments):
     `lookahead_k`, `lookahead_alpha`, `lookahead_momentum`, `lookahead_evaluate_slow` and `gc_conv_only` are for the
     prefixes. Our own optimizers keep their own betas and eps unless `adam_beta1`, `adam_beta2` or `adam_epsilon`
     differ from the defaults of transformers or `optim_args` names them.
+
+    `lr_scheduler_kwargs={"points": [[0, 0.1], [0.4, 1], [1, 0]]}` is a schedule of straight lines between shares of
+    the training and factors of `learning_rate`, whatever `lr_scheduler_type` says; `"momentum"` takes points too.
 
     `bpb` as `metric_for_best_model` is better when lower. `ddp_find_unused_parameters` is False, because every
     parameter takes part in every step.
@@ -50,6 +55,10 @@ class ReZeroTrainingArguments(TrainingArguments):
         metadata={
             "help": "Learning rate of the residual weights, scheduled like the other; default: --learning_rate."
         },
+    )
+    resweight_constant_lr: bool = field(
+        default=False,
+        metadata={"help": "Do not schedule the learning rate of the residual weights, as suits one-cycle schedules."},
     )
     gradinit_steps: int = field(
         default=0,
@@ -234,6 +243,20 @@ class ReZeroTrainer(PruningTrainer):
         if by_caller is None:
             self._wrap_optimizer()
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """Build the scheduler that the arguments name, with constant learning rates where they ask for them."""
+        if self.lr_scheduler is not None:
+            return self.lr_scheduler
+        kwargs = self.args.lr_scheduler_kwargs or {}
+        if "points" in kwargs:
+            self.lr_scheduler = PiecewiseLinear(optimizer or self.optimizer, num_training_steps, **kwargs)
+            self._created_lr_scheduler = True
+        else:
+            super().create_scheduler(num_training_steps, optimizer)
+        if self.args.resweight_constant_lr:
+            keep_constant(self.lr_scheduler, resweight_groups(self.model, optimizer or self.optimizer))
+        return self.lr_scheduler
 
     def _wrap_optimizer(self) -> None:
         name = parse_name(self.args.optim)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
@@ -51,12 +52,13 @@ def main(argv: list[str] | None = None) -> list[int]:
     before = sum(p.numel() for p in model.parameters())
     new = grow_(model, args.num_layers, after=args.after, stack=args.stack)
     model.save_pretrained(args.output_dir)
-    try:
-        AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).save_pretrained(
-            args.output_dir
-        )
-    except (OSError, ValueError):
-        print("no tokenizer beside the checkpoint, none is saved")
+    for processor in (AutoTokenizer, AutoImageProcessor):
+        try:
+            processor.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).save_pretrained(
+                args.output_dir
+            )
+        except (OSError, ValueError):
+            continue  # a text model has no image processor, and a model may be without either
     after = sum(p.numel() for p in model.parameters())
     print(f"new layers {', '.join(map(str, new))}; {before:,} -> {after:,} parameters; saved to {args.output_dir}")
     return new

@@ -21,6 +21,9 @@ ALLOWED = {
             ("modeling", {"torch", "transformers", f"configuration_{name}"}),
         )
     },
+    "models/image_processing_gray.py": {"PIL", "transformers"},
+    "images.py": {"torch", "numpy", "datasets", "PIL"},
+    "schedules.py": {"torch", "numpy"},
     "layers.py": {"torch"},
     **{
         f"optim/{path.name}": {"torch", *(p.stem for p in path.parent.glob("*.py"))}

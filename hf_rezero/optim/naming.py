@@ -71,7 +71,7 @@ def parse_arguments(text: str | None) -> dict[str, Any]:
         {'betas': (0.9, 0.99), 'eps': 1e-06, 'nesterov': True, 'mode': 'fast'}
     """
     arguments = {}
-    for item in _split(text or ""):
+    for item in split_items(text or ""):
         name, separator, value = item.partition("=")
         if not separator or not name.strip().isidentifier():
             raise ValueError(
@@ -84,8 +84,13 @@ def parse_arguments(text: str | None) -> dict[str, Any]:
     return arguments
 
 
-def _split(text: str) -> list[str]:
-    """Split at commas that stand in no bracket."""
+def split_items(text: str) -> list[str]:
+    """Split at commas that stand in no bracket.
+
+    Example:
+        >>> split_items("betas=(0.9, 0.99),k=6")
+        ['betas=(0.9, 0.99)', 'k=6']
+    """
     parts, depth = [""], 0
     for character in text:
         depth += (character in "([") - (character in ")]")

@@ -5,6 +5,7 @@ from itertools import chain
 
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 
 def decays(parameter: nn.Parameter) -> bool:
@@ -79,6 +80,23 @@ def param_groups(
             _groups(resweights, weight_decay=0.0, **own_rate),
         )
     )
+
+
+def resweight_groups(model: nn.Module, optimizer: Optimizer) -> list[int]:
+    """The indices of the groups that hold residual weights of the model.
+
+    Raises:
+        ValueError: There is none, or one holds other parameters too.
+    """
+    resweights = {id(p) for name, p in model.named_parameters() if is_resweight(name) and p.requires_grad}
+    shares = [{id(p) in resweights for p in group["params"]} for group in optimizer.param_groups]
+    if {True} not in shares or {True, False} in shares:
+        raise ValueError(
+            f"the residual weights of {type(model).__name__} were asked for, and the groups of the optimizer hold "
+            f"{'them together with others' if {True, False} in shares else 'none'}: use `param_groups`, and a model "
+            f"with trainable `resweight`."
+        )
+    return [index for index, share in enumerate(shares) if share == {True}]
 
 
 def _groups(by_kind: dict, **options) -> list[dict]:

@@ -146,6 +146,8 @@ class ReZeroMLPForImageClassification(ReZeroMLPPreTrainedModel):
         torch.Size([2, 10])
     """
 
+    accepts_loss_kwargs = False  # the loss is the mean over the pictures of a batch
+
     def __init__(self, config: ReZeroMLPConfig):
         super().__init__(config)
         self.num_labels = config.num_labels

@@ -245,6 +245,8 @@ class ReZeroResNetForImageClassification(ReZeroResNetPreTrainedModel):
         0.27
     """
 
+    accepts_loss_kwargs = False  # the loss is the mean over the pictures of a batch
+
     def __init__(self, config: ReZeroResNetConfig):
         super().__init__(config)
         self.num_labels = config.num_labels

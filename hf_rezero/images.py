@@ -1,0 +1,405 @@
+"""Images for classifiers: files to arrays, and arrays to augmented, normalised batches, without torchvision.
+
+An image is `uint8 [H, W, C]` until its batch is made. A batch is made in one step, so loading costs next to nothing.
+"""
+
+import gzip
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+
+Part = tuple[np.ndarray, np.ndarray]  # images uint8 [N, H, W, C], labels int64 [N]
+
+_IDX_PREFIXES = {"train": "train", "test": "t10k"}
+_MODES = {1: "L", 3: "RGB"}
+_LUMA = torch.tensor([0.299, 0.587, 0.114])
+_STREAMS = 7  # random numbers of one image: crop y and x, flip, brightness, contrast, saturation, angle
+
+
+def read_images(path: str | Path) -> dict[str, Part]:
+    """Read the parts, `train` and `test`, of an `.npz` file or of a folder with MNIST's four IDX files.
+
+    An `.npz` file holds `train_x`, `train_y`, `test_x` and `test_y`, images as `uint8 [N, H, W]` or `[N, H, W, C]`;
+    either part may be missing. IDX files are plain or `.gz`.
+
+    Raises:
+        ValueError: The path is neither, a file is damaged, or images and labels do not fit each other.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = f"{folder.name}/two.npz"
+        >>> np.savez(path, train_x=np.zeros((2, 8, 8), np.uint8), train_y=[0, 1])
+        >>> read_images(path)["train"][0].shape
+        (2, 8, 8, 1)
+    """
+    path = Path(path)
+    if path.is_dir():
+        parts = _read_idx_folder(path)
+    elif path.is_file() and path.suffix == ".npz":
+        parts = _read_npz(path)
+    else:
+        what = "is not an .npz file" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {what}: name an .npz file, or a folder with MNIST's IDX files.")
+    return {part: _checked(*arrays, f"the {part} part of {path}") for part, arrays in parts.items()}
+
+
+def _read_idx_folder(folder: Path) -> dict[str, Part]:
+    parts = {}
+    for part, prefix in _IDX_PREFIXES.items():
+        files = [sorted(folder.glob(f"{prefix}-{kind}*")) for kind in ("images?idx3", "labels?idx1")]
+        if all(files):
+            parts[part] = tuple(_read_idx(found[0]) for found in files)
+    if not parts:
+        raise ValueError(
+            f"{folder} holds no pair of IDX files such as train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz: "
+            f"name the folder that does, or read a folder of image files with --train_dir."
+        )
+    return parts
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """The array of one file: 0, 0, 8 for uint8, the number of dimensions, their sizes big-endian, the values."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}): download it again.") from None
+    if content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
+        raise ValueError(f"{path} starts with {content[:4].hex(' ')}: an IDX file of bytes starts with 00 00 08.")
+    values = 4 + 4 * content[3]
+    shape = np.frombuffer(content[4:values], dtype=">u4").astype(int)
+    if len(content) - values != shape.prod():
+        raise ValueError(
+            f"{path} promises {shape.prod()} values and holds {len(content) - values}: download it again."
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=values).reshape(shape)
+
+
+def _read_npz(path: Path) -> dict[str, Part]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files if name[-2:] in ("_x", "_y")}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}): download it again.") from None
+    parts = [part for part in ("train", "validation", "test") if f"{part}_x" in arrays and f"{part}_y" in arrays]
+    if not parts:
+        names = ", ".join(arrays) or "no such arrays"
+        raise ValueError(f"{path} has {names}: train_x and train_y are needed, or test_x and test_y.")
+    return {part: (arrays[f"{part}_x"], arrays[f"{part}_y"]) for part in parts}
+
+
+def _checked(images: np.ndarray, labels: np.ndarray, name: str) -> Part:
+    images = images[..., None] if images.ndim == 3 else images
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in _MODES:
+        raise ValueError(
+            f"{name} has images of {images.dtype} and shape {images.shape}: "
+            f"uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3] is needed."
+        )
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"{name} has {len(images)} images, and labels of {labels.dtype} and shape {labels.shape}: "
+            f"one whole number for each image is needed."
+        )
+    return images, labels.astype(np.int64)
+
+
+class DecodedImages:
+    """The column of images of a `datasets` table, decoded and resized when asked for: `uint8 [N, H, W, C]` by rows.
+
+    Args:
+        table: A table with a column of the feature `datasets.Image`.
+        column: Its name.
+        size: Height and width of the result.
+        channels: 1 for grey, 3 for colours.
+
+    Raises:
+        ValueError: There is no such column, or it holds no images.
+
+    Example:
+        >>> table = datasets.Dataset.from_dict({"image": [Image.new("RGB", (40, 30))] * 3})
+        >>> table = table.cast_column("image", datasets.Image())
+        >>> DecodedImages(table, "image", (8, 8), channels=1)[[0, 2]].shape
+        (2, 8, 8, 1)
+    """
+
+    def __init__(self, table: datasets.Dataset, column: str, size: tuple[int, int], channels: int):
+        if not isinstance(table.features.get(column), datasets.Image):
+            images = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+            raise ValueError(
+                f"column {column!r} holds no images; those that do: {', '.join(images) or 'none'}. "
+                f"Name one with --image_column_name."
+            )
+        self.column = table.select_columns([column])
+        self.name, self.size, self.channels = column, size, channels
+        self.shape = (len(table), *size, channels)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Sequence[int] | slice) -> np.ndarray:
+        height, width = self.size
+        try:
+            pictures = [image.convert(_MODES[self.channels]) for image in self.column[rows][self.name]]
+        except OSError as error:
+            raise ValueError(f"{self._damaged(rows)} cannot be read as an image ({error}): remove it.") from None
+        # what PIL does here is what the saved image processor does too
+        pixels = [np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) for image in pictures]
+        return np.stack(pixels).reshape(-1, height, width, self.channels)
+
+    def _damaged(self, rows: Sequence[int] | slice) -> str:
+        """The file, or the row, of the first image that cannot be decoded."""
+        undecoded = self.column.cast_column(self.name, datasets.Image(decode=False))
+        for row in np.arange(len(self))[rows].tolist():
+            try:
+                self.column[row][self.name].load()
+            except OSError:
+                return undecoded[row][self.name]["path"] or f"row {row}"
+        return "one of the rows"
+
+
+def channel_statistics(
+    pixels: np.ndarray | DecodedImages, max_images: int = 100_000
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, of values 0 ... 1, over at most `max_images` images.
+
+    Example:
+        >>> channel_statistics(np.array([0, 255], dtype=np.uint8).reshape(2, 1, 1, 1))
+        ([0.5], [0.5])
+    """
+    rows = np.unique(np.linspace(0, len(pixels) - 1, min(len(pixels), max_images)).astype(int))
+    counts = np.zeros((pixels.shape[-1], 256))
+    for chunk in np.array_split(rows, math.ceil(len(rows) / 1000)):
+        for channel, values in enumerate(np.moveaxis(pixels[chunk], -1, 0)):
+            counts[channel] += np.bincount(values.ravel(), minlength=256)
+    share, value = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
+    mean = share @ value
+    variance = share @ value**2 - mean**2
+    return mean.tolist(), np.sqrt(variance.clip(min=0)).tolist()
+
+
+def uniforms(seed: int, epoch: int, rows: np.ndarray, count: int) -> np.ndarray:
+    """Random numbers `[len(rows), count]` in [0, 1) that depend on seed, epoch and row, and on nothing else.
+
+    A generator would have to be wound on to resume in the middle of an epoch, and to agree with other processes. This
+    is splitmix64, which turns a counter into random bits.
+
+    Example:
+        >>> a, b = uniforms(0, 1, np.array([5, 6]), 2), uniforms(0, 1, np.array([6]), 2)
+        >>> bool((a[1] == b[0]).all())
+        True
+    """
+    start = np.array([seed % 2**32, epoch % 2**32], dtype=np.uint64)
+    key = _mix(_mix(start[0]) + start[1])
+    counter = rows.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
+    return (_mix(_mix(counter) ^ key) >> np.uint64(11)) / 2.0**53
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is what is meant
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of training images, each off by default.
+
+    In this order: a shift by up to `crop_padding` pixels in each direction, black coming in; a mirror image half of
+    the time if `flip`; factors of brightness, contrast and saturation within 1 +- the number given; a rotation by up
+    to `rotation` degrees.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    Example:
+        >>> augment = Augmentation(crop_padding=4, flip=True, rotation=2)
+        >>> augment(np.zeros((5, 32, 32, 3), np.uint8), uniforms(0, 0, np.arange(5), 7)).shape
+        torch.Size([5, 3, 32, 32])
+    """
+
+    crop_padding: int = 0
+    flip: bool = False
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    rotation: float = 0.0
+
+    def __post_init__(self):
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} came: factors of 1 +- 0 ... 1 can be had.")
+        if self.crop_padding < 0 or not 0 <= self.rotation <= 180:
+            raise ValueError(
+                f"crop_padding={self.crop_padding} and rotation={self.rotation} came: "
+                f"0 or more pixels and 0 ... 180 degrees can be had."
+            )
+
+    def __call__(self, images: np.ndarray, draws: np.ndarray) -> torch.Tensor:
+        """Change images.
+
+        Args:
+            images: uint8 [B, H, W, C].
+            draws: [B, 7], numbers in [0, 1) for each image.
+
+        Returns:
+            Floats [B, C, H, W] of 0 ... 255.
+        """
+        y, x, flip, *factors, angle = np.moveaxis(draws, 1, 0)
+        pixels = torch.from_numpy(self._crop(images, y, x, flip < 0.5)).float()
+        for adjust, strength, draw in zip(
+            (_brightness, _contrast, _saturation),
+            (self.brightness, self.contrast, self.saturation),
+            factors,
+            strict=True,
+        ):
+            if strength:
+                factor = torch.from_numpy(1 + strength * (2 * draw - 1)).float().view(-1, 1, 1, 1)
+                pixels = adjust(pixels, factor).clamp_(0, 255)
+        return _rotate(pixels, torch.from_numpy(self.rotation * (2 * angle - 1)).float()) if self.rotation else pixels
+
+    def _crop(self, images: np.ndarray, y: np.ndarray, x: np.ndarray, flip: np.ndarray) -> np.ndarray:
+        """Shifted and mirrored images, with the channels first: uint8 [B, C, H, W]."""
+        padding, (size, height, width, _) = self.crop_padding, images.shape
+        if padding:
+            padded = np.zeros((size, height + 2 * padding, width + 2 * padding, images.shape[3]), images.dtype)
+            padded[:, padding:-padding, padding:-padding] = images
+            windows = sliding_window_view(padded, (height, width), axis=(1, 2))  # [B, 2 p + 1, 2 p + 1, C, H, W]
+            top, left = ((draw * (2 * padding + 1)).astype(int) for draw in (y, x))
+            images = windows[np.arange(size), top, left]
+        else:
+            images = np.ascontiguousarray(np.moveaxis(images, -1, 1))
+        if self.flip:
+            images[flip] = images[flip][..., ::-1]
+        return images
+
+
+def to_floats(images: np.ndarray) -> torch.Tensor:
+    """Images uint8 [B, H, W, C] as floats [B, C, H, W] of 0 ... 255."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1))).float()
+
+
+def _grey(pixels: torch.Tensor) -> torch.Tensor:
+    """The luminance of pixels [B, C, ...], as [B, 1, ...]."""
+    return torch.einsum("c,bc...->b...", _LUMA, pixels)[:, None] if pixels.shape[1] == 3 else pixels
+
+
+def _brightness(pixels: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return pixels.mul_(factor)
+
+
+def _contrast(pixels: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    mean = _grey(pixels.mean((2, 3), keepdim=True))
+    return pixels.mul_(factor).add_(mean * (1 - factor))
+
+
+def _saturation(pixels: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return torch.lerp(_grey(pixels), pixels, factor)
+
+
+def _rotate(pixels: torch.Tensor, degrees: torch.Tensor) -> torch.Tensor:
+    """Rotate each image about its centre, black coming in."""
+    height, width = pixels.shape[2:]
+    # F.affine_grid does the same in five times the time; coordinates are -1 ... 1 from edge to edge
+    y, x = (torch.arange(1, 2 * size, 2) / size - 1 for size in (height, width))
+    cos, sin = (turn.view(-1, 1, 1) for turn in (degrees.deg2rad().cos(), degrees.deg2rad().sin()))
+    from_x, from_y = cos * x - sin * height / width * y[:, None], sin * width / height * x + cos * y[:, None]
+    return F.grid_sample(pixels, torch.stack([from_x, from_y], -1), align_corners=False)
+
+
+class ImageDataset(Dataset):
+    """Normalised images with their labels, as `{"pixel_values": [C, H, W], "labels"}`.
+
+    A batch is made in one step (`__getitems__`), so give the DataLoader `collate_fn=collate_images`. What augmentation
+    does to an image depends on `seed`, the epoch and the index of the image alone: a resumed run sees what an
+    uninterrupted one does, and so do many processes. `ReZeroTrainer` tells the epoch; in a loop of your own call
+    `set_epoch` before each. Workers that outlive an epoch (`persistent_workers=True`) keep the epoch they were born
+    with.
+
+    Args:
+        pixels: uint8 [N, H, W, C], or `DecodedImages`.
+        labels: Whole numbers [N], or None.
+        mean: Of each channel, for values 0 ... 1.
+        std: Likewise.
+        augmentation: For training.
+        seed: Of the augmentation.
+
+    Raises:
+        ValueError: Numbers that do not fit each other, or a standard deviation of 0.
+
+    Example:
+        >>> pixels = np.full((10, 8, 8, 1), 255, np.uint8)
+        >>> dataset = ImageDataset(pixels, np.arange(10), mean=[0.5], std=[0.25])
+        >>> dataset[3]["pixel_values"].mean().item(), dataset[3]["labels"].item()
+        (2.0, 3)
+    """
+
+    def __init__(
+        self,
+        pixels: np.ndarray | DecodedImages,
+        labels: np.ndarray | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ):
+        if labels is not None and len(labels) != len(pixels):
+            raise ValueError(f"{len(pixels)} images came with {len(labels)} labels: as many are needed.")
+        if {len(mean), len(std)} != {pixels.shape[-1]} or min(std) <= 0:
+            raise ValueError(
+                f"mean={list(mean)} and std={list(std)} came for images with {pixels.shape[-1]} channels: "
+                f"one number for each is needed, and no std of 0."
+            )
+        self.pixels, self.augmentation, self.seed, self._epoch = pixels, augmentation, seed, 0
+        self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+        self._mean, self._std = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the augmentation be that of epoch 0, 1, ..."""
+        self._epoch = int(epoch)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        batch = self.__getitems__([range(len(self))[index]])[0]
+        return {key: value[0] for key, value in batch.items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        # a list of one batch, not the batch itself: the Trainer's column filter iterates over what it gets here
+        rows = np.asarray(indices, dtype=np.int64)
+        images = self.pixels[rows]
+        if self.augmentation is None:
+            pixels = to_floats(images)
+        else:
+            pixels = self.augmentation(images, uniforms(self.seed, self._epoch, rows, _STREAMS))
+        batch = {"pixel_values": pixels.sub_(self._mean).div_(self._std)}
+        return [batch if self.labels is None else batch | {"labels": self.labels[rows]}]
+
+
+def collate_images(batch: Mapping | Sequence[Mapping]) -> Mapping[str, torch.Tensor]:
+    """The `collate_fn` for `ImageDataset`: of a batch that was made in one step, or of a list of items.
+
+    Example:
+        >>> dataset = ImageDataset(np.zeros((3, 8, 8, 1), np.uint8), None, [0.5], [0.5])
+        >>> collate_images([dataset[0], dataset[1]])["pixel_values"].shape
+        torch.Size([2, 1, 8, 8])
+    """
+    if isinstance(batch, Mapping):
+        return batch
+    if len(batch) == 1 and batch[0]["pixel_values"].ndim == 4:
+        return batch[0]
+    return {key: torch.stack([item[key] for item in batch]) for key in batch[0]}

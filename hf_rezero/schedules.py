@@ -1,0 +1,130 @@
+"""Learning rates and momentum along straight lines, and groups of parameters that keep their learning rate."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+
+Points = Sequence[Sequence[float]]
+
+
+class PiecewiseLinear(LambdaLR):
+    """Straight lines between points (share of the training that is done, factor of the learning rate).
+
+    The one-cycle policy of superconvergence (Smith & Topin 2018, arXiv:1708.07120) is a rise and a fall, with the
+    momentum moving against it.
+
+    Args:
+        optimizer: Its groups keep their proportions.
+        num_training_steps: Steps from share 0 to share 1.
+        points: Such as `[(0, 0.1), (0.4, 1), (1, 0)]`; before the first and behind the last the factor is theirs.
+        momentum: The same for the momentum itself, or the first of two `betas`; default: leave it alone.
+        last_epoch: As in torch.
+
+    Raises:
+        ValueError: Points that are no pairs or do not advance, or momentum for an optimizer that has none.
+
+    Example:
+        >>> import torch
+        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4, momentum=0.9)
+        >>> scheduler = PiecewiseLinear(sgd, 4, [(0, 0), (0.5, 1), (1, 0)], momentum=[(0, 0.95), (0.5, 0.85)])
+        >>> for _ in range(4):
+        ...     print(round(sgd.param_groups[0]["lr"], 3), round(sgd.param_groups[0]["momentum"], 3))
+        ...     sgd.step()
+        ...     scheduler.step()
+        0.0 0.95
+        0.2 0.9
+        0.4 0.85
+        0.2 0.85
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        num_training_steps: int,
+        points: Points,
+        momentum: Points | None = None,
+        last_epoch: int = -1,
+    ):
+        self.num_training_steps = num_training_steps
+        points, self.momentum = _checked(points), None if momentum is None else _checked(momentum)
+        if momentum is not None and not all("momentum" in g or "betas" in g for g in optimizer.param_groups):
+            raise ValueError(
+                f"points of momentum came for {type(optimizer).__name__}, which has none: leave them out."
+            )
+        if momentum is not None:
+            for group in optimizer.param_groups:
+                group.setdefault("initial_momentum", _momentum(group))
+        super().__init__(optimizer, lambda step: _value(points, step / num_training_steps), last_epoch)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Go on by one step."""
+        super().step(epoch)
+        if self.momentum is not None:
+            momentum = _value(self.momentum, self.last_epoch / self.num_training_steps)
+            for group, factor in zip(self.optimizer.param_groups, self.lr_lambdas, strict=True):
+                if factor is not _constant:
+                    _set_momentum(group, momentum)
+
+
+def _checked(points: Points) -> tuple[tuple[float, float], ...]:
+    try:
+        checked = tuple((float(share), float(value)) for share, value in points)
+    except (TypeError, ValueError):
+        checked = ()
+    shares = [share for share, _ in checked]
+    if not checked or shares != sorted(set(shares)):
+        raise ValueError(f"points={points!r} came: expected pairs (share, value) of advancing shares of the training.")
+    return checked
+
+
+def _value(points: Points, share: float) -> float:
+    return float(np.interp(share, *zip(*points, strict=True)))
+
+
+def _momentum(group: dict) -> float:
+    return group["momentum"] if "momentum" in group else group["betas"][0]
+
+
+def _set_momentum(group: dict, momentum: float) -> None:
+    if "momentum" in group:
+        group["momentum"] = momentum
+    else:
+        group["betas"] = (momentum, *group["betas"][1:])
+
+
+def _constant(step: int) -> float:
+    return 1.0
+
+
+def keep_constant(scheduler: LRScheduler, groups: Sequence[int]) -> None:
+    """Give the groups of these indices back their learning rate and momentum of the start, to keep.
+
+    Raises:
+        ValueError: The scheduler is none that gives each group its own factor, as all of transformers are but
+            `reduce_lr_on_plateau` and `greedy`.
+
+    Example:
+        >>> import torch
+        >>> w, a = (torch.zeros(1, requires_grad=True) for _ in range(2))
+        >>> sgd = torch.optim.SGD([{"params": [w]}, {"params": [a], "lr": 0.1}], lr=1.0)
+        >>> scheduler = LambdaLR(sgd, lambda step: 0.5**step)
+        >>> keep_constant(scheduler, [1])
+        >>> sgd.step()
+        >>> scheduler.step()
+        >>> [group["lr"] for group in sgd.param_groups]
+        [0.5, 0.1]
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"a constant learning rate for some parameters came with {type(scheduler).__name__}, which moves all "
+            f"groups together: use another lr_scheduler_type, such as linear."
+        )
+    for index in groups:
+        group = scheduler.optimizer.param_groups[index]
+        scheduler.lr_lambdas[index] = _constant
+        group["lr"] = scheduler._last_lr[index] = scheduler.base_lrs[index]
+        if "initial_momentum" in group:
+            _set_momentum(group, group["initial_momentum"])
