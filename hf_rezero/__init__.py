@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from .data import load_corpus
+from .diagnostics import jacobian_spectrum
 from .gradinit import gradinit_
 from .grow import grow_
 from .layers import ReZero, RZTXDecoderLayer, RZTXEncoderLayer
@@ -86,6 +87,7 @@ __all__ = [
     "centralize_gradients",
     "gradinit_",
     "grow_",
+    "jacobian_spectrum",
     "load_corpus",
     "lookahead",
     "metainit_",

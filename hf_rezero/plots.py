@@ -147,3 +147,91 @@ def plot_sparsity_curve(points: list[dict], path: str | os.PathLike) -> None:
     if points[0].get("score"):
         axes.legend()
     save_figure(figure, path)
+
+
+def plot_jacobian(
+    panels: dict[str, dict[str, list[float]]], path: str | os.PathLike, *, floor: float = 1e-18, columns: int = 4
+) -> None:
+    """Draw histograms of log10 of singular values, a panel for each depth or step and a colour for each variant.
+
+    Every value counts: those at or below `floor`, exact zeros too, are gathered in the bar at the left edge.
+
+    Args:
+        panels: The singular values by the title of their panel and the name of their variant.
+        path: The PNG to write.
+        floor: What is drawn as zero; 1e-18 is below what float64 resolves beside values near 1.
+        columns: Panels in a row.
+    """
+    logs = {
+        title: {name: [math.log10(max(v, floor)) for v in values] for name, values in variants.items()}
+        for title, variants in panels.items()
+    }
+    pooled = [v for variants in logs.values() for values in variants.values() for v in values]
+    edges = _edges(min(pooled), max(pooled))
+    names = list(dict.fromkeys(name for variants in logs.values() for name in variants))
+    rows, columns = math.ceil(len(logs) / columns), min(len(logs), columns)
+    figure = Figure(figsize=(3 + 3 * columns, 1 + 2.5 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes, (title, variants) in zip(grid.flat, logs.items(), strict=False):
+        for name, values in variants.items():
+            colour, shares = f"C{names.index(name)}", _shares(values, edges)
+            axes.stairs(shares, edges, fill=True, alpha=0.2, color=colour)
+            axes.stairs(shares, edges, color=colour, label=name)
+        axes.set_title(title, fontsize=10)
+        # a spike at 1 would flatten everything else; nothing is lost below: one value of a variant is above the edge
+        axes.set(yscale="log", ylim=(0.5 / max(len(v) for group in logs.values() for v in group.values()), 1.5))
+        axes.grid(alpha=0.3)
+    for axes in grid.flat[len(logs) :]:
+        axes.set_visible(False)
+    handles = {h.get_label(): h for axes in grid.flat for h in axes.get_legend_handles_labels()[0]}
+    figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=min(len(names), 4), fontsize=9)
+    edge = f" (left edge: {floor:.0e} or less)" if min(pooled) <= math.log10(floor) else ""
+    figure.supxlabel(f"log10 of the singular values of the input-output Jacobian{edge}", fontsize=10)
+    figure.supylabel("fraction of them", fontsize=10)
+    save_figure(figure, path)
+
+
+def _edges(lowest: float, highest: float) -> list[float]:
+    """At most 50 equal bins, one of which is centred on 0: a spectrum of ones is one bar there."""
+    lowest, highest = min(lowest, -1.0), max(highest, 1.0)
+    width = next((w for w in (0.05, 0.1, 0.2, 0.5) if (highest - lowest) / w <= 48), (highest - lowest) / 48)
+    first, last = math.floor(lowest / width + 0.5), math.ceil(highest / width - 0.5)
+    return [(i - 0.5) * width for i in range(first, last + 2)]
+
+
+def _shares(values: list[float], edges: list[float]) -> list[float]:
+    counts = [0] * (len(edges) - 1)
+    for value in values:
+        counts[min(int((value - edges[0]) / (edges[1] - edges[0])), len(counts) - 1)] += 1
+    return [count / len(values) for count in counts]
+
+
+def plot_gradients(profiles: dict, path: str | os.PathLike) -> None:
+    """Draw gradient norms by depth on a logarithmic scale; gradients of exactly 0 are triangles at the lower edge.
+
+    Args:
+        profiles: `gradient_profile(model)`, plain norms by name, or a dict of either by the name of their variant.
+        path: The PNG to write.
+    """
+    if not isinstance(next(iter(profiles.values())), dict):
+        profiles = {"": profiles}
+    norms = {v: {name: getattr(g, "norm", g) for name, g in profile.items()} for v, profile in profiles.items()}
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    bottom = min((n for profile in norms.values() for n in profile.values() if n > 0), default=1.0) / 3
+    for i, (variant, profile) in enumerate(norms.items()):
+        heights = list(profile.values())
+        axes.plot([h if h > 0 else math.nan for h in heights], "o-", color=f"C{i}", label=variant, markersize=3)
+        zeros = [x for x, h in enumerate(heights) if not h > 0]
+        if zeros:
+            axes.plot(zeros, [bottom] * len(zeros), "v", color=f"C{i}", label=f"{variant} exactly 0".strip())
+    axes.set_yscale("log")
+    names = list(max(norms.values(), key=len))
+    step = math.ceil(len(names) / 16)
+    axes.set_xticks(range(0, len(names), step), names[::step], rotation=60, ha="right", fontsize=7)
+    axes.set(ylabel="gradient norm")
+    axes.set_ylim(bottom=bottom / 2)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8)
+    save_figure(figure, path)

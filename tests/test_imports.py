@@ -98,6 +98,7 @@ def test_public_names_are_pinned():
         "centralize_gradients",
         "gradinit_",
         "grow_",
+        "jacobian_spectrum",
         "load_corpus",
         "lookahead",
         "metainit_",

@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from statistics import fmean
 
 from record import RESULTS, read_json
 
@@ -153,6 +154,82 @@ def pruning_speed(results: dict) -> list[list[str]]:
     ]
 
 
+def resnets(results: dict) -> list[list[str]]:
+    """One row for each net and rule: error at the end and epochs to each accuracy, means and seeds."""
+    marks = [name for name in next(iter(results["best"].values())) if name.startswith("epochs")]
+    rows = [["", "best lr", "test error, %, mean", "by seed", *(f"{mark}, mean" for mark in marks)]]
+    for name, best in results["best"].items():
+        by_seed = ", ".join(f"{error:.1f}" for error in best["error"])
+        waits = [f"{fmean(best[mark]):.1f}" if None not in best[mark] else "not by all" for mark in marks]
+        error = f"{fmean(best['error']):.1f}"
+        rows.append([name.replace(" | ", ", "), f"{best['learning_rate']:g}", error, by_seed, *waits])
+    return rows
+
+
+def fully_connected(results: dict) -> list[list[str]]:
+    """One row for each rule at 32 layers."""
+    rows = [
+        ["32 layers x 256", "best lr", "training loss at the end, by seed", "ReZero is there times faster, by seed"]
+    ]
+    for rule, best in results["best"].items():
+        losses, ratios = (", ".join(f"{x:.{d}f}" for x in best[key]) for key, d in (("loss", 2), ("times_faster", 1)))
+        rows.append([rule, f"{best['learning_rate']:g}", losses, "" if rule == "ReZero" else ratios])
+    return rows
+
+
+def fully_connected_depth(results: dict) -> list[list[str]]:
+    """One row for each deep net."""
+    rows = [["layers x 150", "steps before the loss was not finite", "loss, first steps", "loss, last steps"]]
+    for key, run in results["runs"].items():
+        layers, rule = key.split(" | ")[:2]
+        if layers != "32":
+            ends = [f"{loss:.4g}" for loss in (run["loss"][0], run["loss"][-1])] if run["loss"] else ["", ""]
+            rows.append([f"{int(layers):,}, {rule}", f"{run['steps']}", *ends])
+    return rows
+
+
+def depth_cost(results: dict) -> list[list[str]]:
+    """One row."""
+    costs = results["results"]
+    seconds = [f"{costs['seconds_per_step'][layers]:.2f}" for layers in ("100", "10000")]
+    return [
+        ["a step of 100 pictures", "100 layers, s", "10,000 layers, s", "time per layer, 10,000 to 100", "memory, GB"],
+        ["ReZero x 150, Adagrad", *seconds, f"{costs['per_layer_against_100']:.2f}", f"{costs['peak_gb']:.1f}"],
+    ]
+
+
+def growing(results: dict) -> list[list[str]]:
+    """One row for each way to spend the same layer passes."""
+    return _byte_models(results, "layers")
+
+
+def norm_variants(results: dict) -> list[list[str]]:
+    """One row for each residual rule."""
+    return _byte_models(results, "12 layers x 64")
+
+
+def _byte_models(results: dict, head: str) -> list[list[str]]:
+    rows = [[head, "best lr", "test bits per byte, mean", "by seed", "seconds"]]
+    for arm, best in results["best"].items():
+        run = results["runs"][f"{arm} | lr={best['learning_rate']:g} | seed=0"]
+        by_seed = ", ".join(f"{test:.3f}" for test in best["test"])
+        seconds = f"{run['seconds']:.0f}" if "seconds" in run else ""
+        rows.append([arm, f"{best['learning_rate']:g}", f"{best['mean']:.3f}", by_seed, seconds])
+    return rows
+
+
+def jacobian(results: dict) -> list[list[str]]:
+    """One row for each kind of net: by depth before training, and by steps during it."""
+    depths, steps = results["settings"]["depths"], list(next(iter(results["training"].values())))
+    rows = [["mean σ² (σ zero to float32)", *(f"{depth} layers" for depth in depths), *(f"step {s}" for s in steps)]]
+    for arm in dict.fromkeys(key.split(" | ")[0] for key in results["initial"]):
+        found = [results["initial"][f"{arm} | {depth}"] for depth in depths]
+        found += [results["training"].get(arm, {}).get(step) for step in steps]
+        cells = (f"{r['mean_square']:.3g} ({r['share_at_zero']['float32']:.0%})" if r else "" for r in found)
+        rows.append([arm, *cells])
+    return rows
+
+
 TABLES = {
     table.__name__: table
     for table in (
@@ -168,11 +245,13 @@ TABLES = {
         pruning_curve_images,
         pruning_curve_text,
         pruning_speed,
+        jacobian,
     )
 }
 
 # tables that share a result file with another
 SOURCES = dict.fromkeys(("pruning_curve_images", "pruning_curve_text"), "pruning_curve")
+SOURCES["fully_connected_depth"] = "fully_connected"
 
 
 def markdown(rows: list[list[str]]) -> str:
