@@ -13,6 +13,7 @@ from transformers import (
 
 from .data import load_corpus
 from .diagnostics import jacobian_spectrum
+from .fold import fold_resweight_
 from .gradinit import gradinit_
 from .grow import grow_
 from .layers import ReZero, RZTXDecoderLayer, RZTXEncoderLayer
@@ -85,6 +86,7 @@ __all__ = [
     "ReZeroTrainingArguments",
     "byte_tokenizer",
     "centralize_gradients",
+    "fold_resweight_",
     "gradinit_",
     "grow_",
     "jacobian_spectrum",

@@ -19,7 +19,7 @@ CHOICES = {
     "norm_position": ("none", "pre", "post", "branch"),
     "norm_type": ("layernorm", "rmsnorm", "dyt"),
     "position_embedding_type": ("rotary", "learned", "sinusoidal"),
-    "resweight_sharing": ("layer", "sublayer"),
+    "resweight_sharing": ("layer", "sublayer", "none"),
 }
 
 # what a single layer may have of its own: these sizes stay inside the layer
@@ -54,7 +54,8 @@ class ReZeroConfig(PreTrainedConfig):
         position_embedding_type: `rotary`, `learned` (a table of `max_position_embeddings` rows) or `sinusoidal`.
         resweight_init: Initial residual weight. 0 is the paper; with `1 / sqrt(2 * num_hidden_layers)`, which keeps
             the stream of order 1, the layers learn from the first step. Short runs favoured now one, now the other.
-        resweight_sharing: One weight per `layer` (the paper) or one per `sublayer`.
+        resweight_sharing: One weight per `layer` (the paper) or one per `sublayer`; `none` for x + F(x) without any, as
+            `fold_resweight_` leaves a model.
         final_norm: A norm before the head; `None` means only where the branches read normed input (`pre`).
         embedding_std: Standard deviation of the embedding output. Without norms it sets the scale of the whole
             residual stream and must be of order 1.
@@ -155,6 +156,11 @@ class ReZeroConfig(PreTrainedConfig):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
+        if self.resweight_sharing == "none" and (self.resweight_init != 1 or self.resweight_trainable):
+            raise ValueError(
+                f"resweight_sharing='none' with resweight_init={self.resweight_init} and resweight_trainable="
+                f"{self.resweight_trainable}: without residual weights these are 1 and False."
+            )
         self._validate_overrides()
         layers = list(self.per_layer_config)
         for i, layer in enumerate(layers):

@@ -34,15 +34,20 @@ from .configuration_rezero import ReZeroConfig
 class ReZeroResidual(nn.Module):
     """The residual connection of the paper, x + resweight * F(x), or resweight * F(x) without `skip_connection`.
 
-    `resweight` has shape (1,) and stays fp32: in bf16 an update of 2e-4 to a weight of 0.12 is lost.
+    `resweight` has shape (1,) and stays fp32: in bf16 an update of 2e-4 to a weight of 0.12 is lost. It is None, which
+    counts as 1, where the config has no residual weights.
     """
 
     def __init__(self, config: ReZeroConfig):
         super().__init__()
         self.skip_connection = config.skip_connection
-        self.resweight = nn.Parameter(torch.zeros(1), requires_grad=config.resweight_trainable)
+        self.resweight = None
+        if config.resweight_sharing != "none":
+            self.resweight = nn.Parameter(torch.zeros(1), requires_grad=config.resweight_trainable)
 
     def forward(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        if self.resweight is None:
+            return hidden_states + branch.to(hidden_states.dtype) if self.skip_connection else branch
         resweight = self.resweight.to(hidden_states.dtype)
         if not self.skip_connection:
             return resweight * branch
@@ -269,7 +274,7 @@ class ReZeroLayer(GradientCheckpointingLayer):
             self.cross_attn = ReZeroCrossAttention(config, layer_idx, is_causal=False)
         self.mlp = ReZeroMLP(config, width) if width else None
         sublayers = [name for name, _ in self.named_children()]
-        self.shared = config.resweight_sharing == "layer"
+        self.shared = config.resweight_sharing != "sublayer"
         self.residuals = nn.ModuleDict(
             {name: ReZeroResidual(config) for name in (["layer"] if self.shared else sublayers)}
         )
@@ -377,7 +382,7 @@ class ReZeroPreTrainedModel(PreTrainedModel):
         The second argument of N is the standard deviation.
         """
         config = self.config
-        if isinstance(module, ReZeroResidual):
+        if isinstance(module, ReZeroResidual) and module.resweight is not None:
             init.constant_(module.resweight, config.resweight_init)
         elif isinstance(module, ReZeroTokenEmbedding):
             init.normal_(module.weight, std=config.embedding_std / module.scale)
