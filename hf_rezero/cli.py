@@ -250,9 +250,10 @@ def evaluate_and_save(trainer: Trainer, dataset, split: str) -> dict[str, float]
 def _draw(trainer: Trainer) -> None:
     """Drawn anew after an evaluation, which adds its point to the curve."""
     log = trainer.state.log_history
-    if not trainer.is_world_process_zero() or not any("loss" in entry for entry in log):
+    if not trainer.is_world_process_zero():
         return
-    plot_training(log, Path(trainer.args.output_dir, "training.png"))
+    if any("loss" in entry for entry in log):
+        plot_training(log, Path(trainer.args.output_dir, "training.png"))
     profile = resweight_profile(trainer.accelerator.unwrap_model(trainer.model))
-    if profile:
+    if profile and trainer.args.do_train:
         plot_resweights(profile, Path(trainer.args.output_dir, "resweights.png"))

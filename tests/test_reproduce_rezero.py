@@ -16,6 +16,7 @@ import fully_connected
 import growing
 import norm_variants
 import resnets
+import superconvergence
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,26 @@ def test_resnets_go_from_data_to_figure_and_are_not_run_twice(files, tmp_path, m
     assert best["error"][0] == pytest.approx(min(100 - sum(curve[-2:]) / 2 for curve in curves), abs=0.01)
     monkeypatch.setattr(resnets, "train", None)
     assert run(resnets, monkeypatch, tmp_path / "out.json", *words)["runs"] == results["runs"]
+
+
+def test_one_cycle_moves_all_rates_but_the_constant_one(files, tmp_path, monkeypatch):
+    rates = []
+    step = torch.optim.SGD.step
+
+    def spy(self, *args):
+        rates.append([group["lr"] for group in self.param_groups] + [self.param_groups[0]["momentum"]])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    words = ["--image_file", files / "images.npz", "--epochs", 5, "--seeds", 1, "--rates", 0.3]
+    arm = "one cycle, ReZero, constant rate 0.1 of resweights"
+    results = run(superconvergence, monkeypatch, tmp_path / "out.json", *words, "--arms", arm)
+    weights, resweights, momentum = (sorted({rate[i] for rate in rates}) for i in (0, 2, 3))
+    assert len(rates) == 10 and weights[-1] == pytest.approx(0.3) and weights[0] == pytest.approx(0.3 * 0.027)
+    assert resweights == [0.1] and momentum[0] == pytest.approx(0.85)
+    assert results["best"][arm]["error"] == [
+        100 - sum(results["runs"][f"{arm} | lr=0.3 | seed=0"]["accuracy"][-2:]) / 2
+    ]
 
 
 def test_pictures_are_shifted_and_flipped_one_by_one():

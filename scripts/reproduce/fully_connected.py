@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--image_file", required=True, help=".npz with train_x, train_y (uint8, NHWC)")
     parser.add_argument("--parts", nargs="+", choices=("rules", "depth"), default=["rules", "depth"])
     parser.add_argument("--steps", type=int, default=800, help="of 32 layers")
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--depths", nargs="+", type=int, default=[100, 1000, 10_000])
     parser.add_argument("--deep_steps", type=int, default=160)

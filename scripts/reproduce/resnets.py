@@ -31,7 +31,7 @@ ARMS = {"ReZero": {}, "plain": PLAIN, "zero gamma": {"zero_init_residual": True,
 NETS: dict[str, tuple[int, int, tuple[float, ...]]] = {
     "ResNet-20": (3, 12, (0.01, 0.03, 0.1, 0.3, 1.0)),
     "ResNet-56": (9, 6, (0.01, 0.03, 0.1, 0.3)),
-    "ResNet-110": (18, 2, (0.01, 0.03, 0.1, 0.3)),
+    "ResNet-110": (18, 3, (0.01, 0.03, 0.1)),
 }
 BATCH, ACCURACIES = 128, (35.0, 45.0)
 
