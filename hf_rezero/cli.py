@@ -203,7 +203,7 @@ def check_output_dir(args: ReZeroTrainingArguments) -> str | bool | None:
 def run(
     trainer: Trainer, checkpoint: str | bool | None, predict: Callable[[], dict[str, float]], **card
 ) -> dict[str, float]:
-    """Train, evaluate, predict and push as the arguments ask; `card` goes to the model card."""
+    """Train, evaluate, predict, and push or write the model card, for which `card` is, as the arguments ask."""
     args, metrics = trainer.args, {}
     if args.do_train:
         train_and_save(trainer, checkpoint)
@@ -213,6 +213,8 @@ def run(
         metrics |= predict()
     if args.push_to_hub:
         trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
     _leave_group(trainer)
     return metrics
 
@@ -230,7 +232,7 @@ def _leave_group(trainer: Trainer) -> None:
 def train_and_save(trainer: Trainer, checkpoint: str | bool | None) -> None:
     """Train, then save the model, the metrics, the Trainer's state, and the pictures of the run."""
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # `run` pushes all at its end, in one commit
     if result.metrics:  # none when a run that had finished is taken up: those it saved then stay
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)

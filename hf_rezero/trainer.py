@@ -15,15 +15,22 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
+from transformers.utils import logging
 
 from .diagnostics import resweight_profile
 from .gradinit import GradInitReport
+from .hub import PushingTrainer
+from .model_card import is_generated, write_model_card
 from .optim import decays, param_groups
 from .optim.naming import BASES, FIXED, parse_name, split_arguments, wrap
 from .optim.param_groups import resweight_groups
+from .run_record import describe_data, listed, record_run
 from .schedules import PiecewiseLinear, keep_constant
 from .trainer_gradinit import GradInitConfig, run_gradinit, state_file
 from .trainer_pruning import PruningConfig, PruningTrainer
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -142,7 +149,7 @@ def _check_optimizer(optim: str, optim_args: str | None) -> str:
     return optim
 
 
-class ReZeroTrainer(PruningTrainer):
+class ReZeroTrainer(PushingTrainer, PruningTrainer):
     """The `Trainer`, with right parameter groups, exact bits per byte, and the residual weights in its logs.
 
     - Weight decay applies to tensors with two or more dimensions, so never to residual weights, norms and biases.
@@ -156,6 +163,7 @@ class ReZeroTrainer(PruningTrainer):
     - `gradinit=GradInitConfig(...)`, or `gradinit_steps` of the arguments, learns initial scales of the weights before
       training, on its data, for its optimizer; not when it is resumed. The report is `trainer.gradinit_report`, the
       files are in `output_dir/gradinit`.
+    - `push_to_hub` publishes in one commit what loads without this library, never pickles, optimizer states or tokens.
     - `pruning=PruningConfig(...)`, or `prune_method` of the arguments, learns masks in the middle of the run and then
       removes what they closed, heads and neurons, for the rest of it. It resumes in each phase, with the model as it
       was built or as a checkpoint has it. The report is `trainer.pruning_report`, the files are in
@@ -190,6 +198,7 @@ class ReZeroTrainer(PruningTrainer):
         super().__init__(model, *args, pruning=pruning, **kwargs)
         self._is_causal_lm = _is_causal_lm(self.accelerator.unwrap_model(self.model))
         self._nll, self._predicted = 0.0, 0
+        self.evaluated = {}  # the data behind each prefix of metrics
         self.gradinit, self.gradinit_report = gradinit or GradInitConfig.from_arguments(self.args), None
         if self.label_smoother is not None and self._is_causal_lm:
             self.label_smoother = partial(self.label_smoother, shift_labels=True)
@@ -311,8 +320,11 @@ class ReZeroTrainer(PruningTrainer):
         """Evaluate; a causal language model gains `{metric_key_prefix}_bpb`."""
         self._nll, self._predicted = 0.0, 0
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self.evaluated[metric_key_prefix] = describe_data(getattr(dataloader, "dataset", None))
         if self._predicted:
-            output.metrics[f"{metric_key_prefix}_bpb"] = self._nll / self._predicted / math.log(2)
+            from .metrics.bits_per_byte.bits_per_byte import bits_per_byte  # `evaluate` is slow to import
+
+            output.metrics[f"{metric_key_prefix}_bpb"] = bits_per_byte(self._nll, self._predicted)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -325,12 +337,18 @@ class ReZeroTrainer(PruningTrainer):
             logs |= _gradinit_metrics(self.gradinit_report)
         super().log(logs, start_time)
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Draft the model card, with what GradInit did if it did something."""
-        super().create_model_card(*args, **kwargs)
-        if self.gradinit_report is not None and self.is_world_process_zero():
-            with Path(self.args.output_dir, "README.md").open("a") as card:
-                card.write(f"\n### GradInit\n\n```\n{self.gradinit_report}\n```\n")
+    def create_model_card(
+        self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, tasks=None, **data
+    ) -> None:
+        """Write `run.json`, what the run was, and the model card from what it measured; a card by hand stays."""
+        if not self.is_world_process_zero():
+            return
+        record_run(self, tasks=tasks, finetuned_from=finetuned_from, **data)
+        card = Path(self.args.output_dir, "README.md")
+        if card.exists() and not is_generated(card.read_text()):
+            return logger.warning(f"{card} was written by hand and stays as it is.")
+        options = {"name": model_name, "repo_id": self.hub_model_id, "license": license, "language": language}
+        write_model_card(self.args.output_dir, tags=listed(tags), **options)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model with the `use_cache` it came with."""

@@ -488,10 +488,3 @@ class PruningTrainer(Trainer):
         if "loss" in logs and self.pruner is not None:
             logs |= self.pruner.metrics()
         super().log(logs, start_time)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Draft the model card, with what pruning did if it did something."""
-        super().create_model_card(*args, **kwargs)
-        if self.pruning_report is not None and self.is_world_process_zero():
-            with Path(self.args.output_dir, "README.md").open("a") as card:
-                card.write(f"\n### Pruning\n\n```\n{self.pruning_report}\n```\n")

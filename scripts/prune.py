@@ -38,6 +38,7 @@ from hf_rezero.cli import (
     run,
 )
 from hf_rezero.data import ByteDataset, collate_bytes, evaluation_windows
+from hf_rezero.model_card import write_model_card
 from hf_rezero.plots import plot_kept, plot_sparsity_curve
 from hf_rezero.pruning import (
     PruningReport,
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         return {}
     size = weights_size(model_args.model_name_or_path) or model.get_memory_footprint()
     trainer = make_trainer(model, args, data)
-    metrics = prune(trainer, data, prune_args, checkpoint)
+    metrics = prune(trainer, data, prune_args, checkpoint, data_args.dataset_name or data_args.train_file)
     metrics |= save_report(trainer, size)
     if trainer.is_world_process_zero():
         print_summary(trainer, metrics, data)
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def prune(
-    trainer: ReZeroTrainer, data: Data, prune_args: PruneArguments, checkpoint: str | bool | None
+    trainer: ReZeroTrainer, data: Data, prune_args: PruneArguments, checkpoint: str | bool | None, dataset: str
 ) -> dict[str, float]:
     """Evaluate, prune and train in the order of the method, and save the model."""
     args = trainer.args
@@ -144,9 +145,8 @@ def prune(
             metrics |= evaluate_and_save(trainer, data.validation, "pruned")
         else:
             trainer.save_model()
-    return metrics | run(
-        trainer, checkpoint, lambda: evaluate_and_save(trainer, data.test, "test"), tasks="text-generation"
-    )
+    card = {"tasks": "text-generation", "dataset": dataset}
+    return metrics | run(trainer, checkpoint, lambda: evaluate_and_save(trainer, data.test, "test"), **card)
 
 
 def check_arguments(model_args: ModelArguments, prune_args: PruneArguments, args) -> list[float]:
@@ -391,6 +391,8 @@ def save_report(trainer: ReZeroTrainer, size: int) -> dict[str, float]:
         "pruning_sparsity": report.sparsity,
     }
     trainer.save_metrics("pruning", metrics)
+    if trainer.is_world_process_zero():
+        write_model_card(folder)  # again, with the sizes
     return metrics
 
 

@@ -35,6 +35,14 @@ ALLOWED = {
         for path in PACKAGE.glob("pruning/*.py")
     },
     "grow.py": {"torch", "pruning"},
+    "hub.py": {"huggingface_hub", "safetensors", "transformers", "model_card"},
+    "model_card.py": {
+        *("huggingface_hub", "jinja2", "pruning", "run_record", "safetensors", "tokenization", "yaml"),
+    },
+    "run_record.py": {"torch", "diagnostics", "plots", "tokenization"},
+    "metrics/__init__.py": {"evaluate"},
+    "metrics/bits_per_byte/bits_per_byte.py": {"datasets", "evaluate"},
+    "metrics/bits_per_byte/app.py": {"evaluate", "gradio"},
     "fold.py": {"torch"},
     "convert.py": {"torch"},
     "trial.py": {"torch"},

@@ -30,7 +30,7 @@ def main() -> None:
     """Run the comparison and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, layers=12, steps=500)
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3, 1e-2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--output", type=Path, default=RESULTS / "norm_variants.json")
     args = parser.parse_args()

@@ -1,0 +1,389 @@
+"""Publishing on the Hugging Face Hub: a finished folder in one commit, looked through before anything is sent.
+
+`HfApi.upload_folder` commits in batches, and `Trainer.push_to_hub` sends all that lies in the folder, pickles with the
+arguments of the run included. Here a push is one commit of files that belong to a model, or an error that says what to
+do.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress, logging
+
+from .model_card import write_model_card
+
+
+logger = logging.get_logger(__name__)
+
+REPORTS = (".json", ".md", ".txt", ".csv", ".yaml", ".png", ".svg", ".jinja")
+# `_*` is what transformers leaves out too; the others are for resuming, or by name what a notebook may have left
+PRIVATE = ("_*", ".*", "checkpoint-*", "last-checkpoint", "runs", "trainer_state.json", "optimizer*", "scheduler*")
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*")
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT: its folders have no weights but those of the adapter
+TOKEN = re.compile(rb"\b(hf|api_org)_[A-Za-z0-9]{30,}")
+
+ADVICE = {
+    401: "the token is not valid, or none came: run `hf auth login`, or set HF_TOKEN",
+    403: "the token gives no write access: take one with the role `write`, ask the owner, or propose a pull request",
+    404: "it does not exist, or the token does not give access: check the name, and who is logged in: `hf auth whoami`",
+    409: "somebody else is changing it: run the same command again",
+    412: "somebody else is changing it: run the same command again",
+    413: "the Hub takes no file or commit of this size: save the model in smaller shards, with `max_shard_size`",
+    429: "there were too many requests: wait some minutes and run the same command again",
+}
+
+
+class PushError(RuntimeError):
+    """The Hub refused a push, or could not be reached; the message says what to do."""
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    commit_message: str = "Upload model",
+    with_card: bool = True,
+) -> CommitInfo:
+    """Publish what a run or `save_pretrained` left in `folder`, in one commit; see `files_to_push` for what goes up.
+
+    A repository that does not exist is made, and so is a model card where neither the folder nor the repository has
+    one. Weights in the repository that the folder does not have are removed by the same commit, since they might be
+    loaded instead. A push that is refused or interrupted changes nothing, and can be repeated.
+
+    Args:
+        folder: Config, safetensors and, for the models of this library, the files of code.
+        repo_id: `owner/name`, or `name` for a repository of one's own.
+        private: Make a private repository. One that exists must be private then.
+        revision: Branch to push to, made if need be. Default: `main`.
+        create_pr: Propose the files as a pull request instead; needs no write access.
+        token: Default: that of `hf auth login` or HF_TOKEN.
+        commit_message: First line of the commit.
+        with_card: Whether to make a missing model card.
+
+    Raises:
+        ValueError: The folder holds no whole model, or a file that must not be published.
+        PushError: Not logged in, no write access, or the connection broke.
+
+    Example:
+        >>> from hf_rezero import ReZeroMLPConfig, ReZeroMLPForImageClassification
+        >>> model = ReZeroMLPForImageClassification(ReZeroMLPConfig(hidden_size=8, num_hidden_layers=2))
+        >>> model.save_pretrained("outputs/mine")
+        >>> push_folder("outputs/mine", "me/mine", token=False)
+        Traceback (most recent call last):
+        ...
+        hf_rezero.hub.PushError: me/mine: nobody is logged in: run `hf auth login`, or set HF_TOKEN.
+    """
+    files = files_to_push(folder)
+    api = open_api(repo_id, token)
+    with one_clear_error(repo_id):
+        repo_id = open_repository(api, repo_id, private)
+        if revision and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        there = api.list_repo_files(repo_id, revision=revision)
+    if with_card and "README.md" not in [*files, *there]:
+        write_model_card(folder, repo_id=repo_id)
+        files.append("README.md")
+    operations = [CommitOperationAdd(name, str(Path(folder, name))) for name in files]
+    stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in WEIGHTS)]
+    operations += [CommitOperationDelete(name) for name in stale]
+    with one_clear_error(repo_id):
+        return api.create_commit(
+            repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+        )
+
+
+# what goes up
+
+
+def files_to_push(folder: str | os.PathLike) -> list[str]:
+    """The files of a folder that belong on the Hub, after a look at whether they make a whole model.
+
+    Config, safetensors, tokenizer, processors, the code that the configs name, the card, reports and pictures. Left
+    out are checkpoints, optimizer states, logs of TensorBoard and whatever is pickled.
+
+    Raises:
+        ValueError: No config, weights missing or damaged, code missing, or a Hub token in one of the files.
+
+    Example:
+        >>> from hf_rezero import ReZeroMLPConfig, ReZeroMLPForImageClassification
+        >>> model = ReZeroMLPForImageClassification(ReZeroMLPConfig(hidden_size=8, num_hidden_layers=2))
+        >>> model.save_pretrained("outputs/mine")
+        >>> files_to_push("outputs/mine")
+        ['config.json', 'configuration_rezero_mlp.py', 'model.safetensors', 'modeling_rezero_mlp.py']
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        raise ValueError(f"{folder} has no config.json: name a folder that a finished run or `save_pretrained` left.")
+    wanted = [*weight_files(folder), *code_files(folder), *report_files(folder)]
+    for name in wanted:
+        path = folder / name
+        if path.suffix != ".safetensors" and TOKEN.search(path.read_bytes()):
+            raise ValueError(
+                f"{path} holds what looks like a Hub token: remove it, and revoke the token if it is one."
+            )
+    return sorted(wanted)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The safetensors at the top of the folder, whole and complete."""
+    index = folder / "model.safetensors.index.json"
+    names = {path.name for path in folder.glob("*.safetensors") if not is_private(path.name)}
+    needed = {"adapter_model.safetensors" if (folder / ADAPTER_CONFIG).is_file() else "model.safetensors"}
+    if index.is_file() and "model.safetensors" not in names:
+        needed = set(json.loads(index.read_text())["weight_map"].values())
+    if needed - names:
+        pickled = ", ".join(sorted(path.name for path in folder.glob("pytorch_model*.bin")))
+        advice = f"{pickled} is pickled: load the model and save it again" if pickled else "save the model again"
+        raise ValueError(f"{folder} lacks {', '.join(sorted(needed - names))}: {advice}.")
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt") as tensors:
+                tensors.keys()
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is damaged or cut short ({error}): save the model again.") from None
+    return list(names)
+
+
+def code_files(folder: Path) -> list[str]:
+    """The modules that `auto_map` of the config and of the processors names, with what they import of each other."""
+    configs = {path.name: json.loads(path.read_text()) for path in folder.glob("*config.json")}
+    model_type = configs.get("config.json", {}).get("model_type") or ""
+    names = set()
+    for reference in (item for config in configs.values() for item in (config.get("auto_map") or {}).values()):
+        # a tokenizer has a pair of classes, one of which may be None; `--` refers to another repository
+        for item in reference if isinstance(reference, list) else [reference]:
+            if item and "--" not in item:
+                names.add(item.split(".")[0] + ".py")
+    if model_type.startswith("rezero") and not names:
+        raise ValueError(f"{folder}/config.json names no code for {model_type}: save the model with this library.")
+    names |= {other for name in names for other in imported_modules(folder / name)}
+    missing = {name for name in names if not (folder / name).is_file()}
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(sorted(missing))}, named in its config: save the model again.")
+    return list(names)
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Files that a module imports from beside it, and those from others; or the first that is not there."""
+    try:
+        return {Path(imported).name for imported in get_relative_import_files(path)}
+    except FileNotFoundError as error:
+        return {Path(error.filename).name}
+
+
+def report_files(folder: Path) -> list[str]:
+    """Text and pictures, also of folders below, that are no checkpoints."""
+    names = []
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        in_checkpoint = any(Path(folder, parent, "trainer_state.json").exists() for parent in name.parents[:-1])
+        if path.suffix in REPORTS and path.is_file() and not in_checkpoint and not any(map(is_private, name.parts)):
+            names.append(name.as_posix())
+    return names
+
+
+def is_private(part: str) -> bool:
+    """Whether a part of a path is of no use for those who load the model, or not meant for them."""
+    return any(fnmatch(part, pattern) for pattern in PRIVATE)
+
+
+# how it goes up
+
+
+def open_api(repo_id: str, token: str | bool | None) -> HfApi:
+    """The client of the Hub for a token, which must be there."""
+    token = get_token() if token in (None, True) else token
+    if not token:
+        raise PushError(f"{repo_id}: nobody is logged in: run `hf auth login`, or set HF_TOKEN.")
+    return HfApi(token=token)
+
+
+def open_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
+    """Make the repository if need be; returns its full name."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id).private:
+        raise PushError(
+            f"{repo_id} exists and is public. Nothing was published: choose another name, or make it private "
+            f"in its settings."
+        )
+    return repo_id
+
+
+@contextmanager
+def one_clear_error(repo_id: str) -> Iterator[None]:
+    """Turn what the client of the Hub raises, often from several layers, into one `PushError`."""
+    try:
+        yield
+    except PushError:
+        raise
+    except Exception as error:
+        status, said = next(((status_of(e), said_by(e)) for e in causes(error) if status_of(e)), (None, ""))
+        said = " ".join((str(error) if isinstance(error, ValueError) else said).split())
+        if status and status < 500:
+            advice = ADVICE.get(status, "the Hub refused it")
+            raise PushError(f"{repo_id}: {advice}. Nothing was published. The Hub said: {said}") from None
+        network = next((f"{type(e).__name__}: {e}" for e in causes(error) if is_network(e)), None)
+        if status or network:
+            raise PushError(
+                f"{repo_id}: the connection broke ({said or network}). A push is one commit, so all of it was "
+                f"published or nothing: run the same command again."
+            ) from None
+        raise
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an error stands for; hf_xet has it in its text only."""
+    in_text = re.search(r"HTTP status \w+ error \((\d{3})", str(error))
+    return getattr(getattr(error, "response", None), "status_code", None) or (int(in_text[1]) if in_text else None)
+
+
+def said_by(error: BaseException) -> str:
+    """The reason that the Hub gave, without the advice that its client adds."""
+    return getattr(error, "server_message", None) or f"HTTP {status_of(error)}"
+
+
+def is_network(error: BaseException) -> bool:
+    # huggingface_hub 1 raises the errors of httpx, 2 those of httpx2; neither is a dependency of ours
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(
+        ("httpx", "httpcore")
+    )
+
+
+# from the Trainer
+
+
+class PushingTrainer(Trainer):
+    """The `Trainer`, with pushes of one commit that load without this library and hold no pickles and no tokens.
+
+    transformers sends `training_args.bin`, with the token in it if `hub_token` was given, and during the training
+    configs that name code without the code.
+    """
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository before the training, which is the time to hear that it cannot be done.
+
+        Raises:
+            PushError: Not logged in, no write access, or the connection broke.
+            ValueError: `hub_strategy` asks for checkpoints on the Hub.
+        """
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy={self.args.hub_strategy.value} would publish optimizer states and pickles: use "
+                f"'every_save', which publishes the model at every checkpoint, or 'end'."
+            )
+        if not self.is_world_process_zero():
+            return
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        private = self.args.hub_private_repo if private is None else private
+        api = open_api(name, token or self.args.hub_token)
+        with one_clear_error(name):
+            self.hub_model_id = open_repository(api, name, private)
+        self.push_in_progress = None
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """Save and publish model, tokenizer, code, card, reports and pictures in one commit; `kwargs` go to the card.
+
+        Raises:
+            PushError: Not logged in, no write access, or the connection broke.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        tags = kwargs.pop("tags", None) or []
+        tags = [tags] if isinstance(tags, str) else list(tags)
+        kwargs["tags"] = tags + [tag for tag in getattr(self.model, "model_tags", None) or [] if tag not in tags]
+        kwargs["model_name"] = kwargs.get("model_name") or self.hub_model_id.split("/")[-1]
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        options = {"revision": revision or self.args.hub_revision, "token": token or self.args.hub_token}
+        options["commit_message"] = commit_message or "Upload model"
+        if blocking:
+            return push_folder(self.args.output_dir, self.hub_model_id, **options)
+        return HfApi().run_as_future(push_folder, self.args.output_dir, self.hub_model_id, **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Publish the model of a checkpoint in the background, unless one is still on its way."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        try:
+            copy = copy_model(checkpoint_folder, self.args.output_dir)
+        except ValueError as error:
+            logger.warning(f"not published: {error}")
+            return
+        options = {"revision": self.args.hub_revision, "token": self.args.hub_token}
+        message = f"Training in progress, step {self.state.global_step}"
+        job = HfApi().run_as_future(push_copy, copy, self.hub_model_id, commit_message=message, **options)
+        job.add_done_callback(warn_if_refused)
+        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save without the token, which `training_args.bin` would hold."""
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+
+
+def copy_model(checkpoint: str | os.PathLike, beside: str | os.PathLike) -> TemporaryDirectory:
+    """Hard links to the files of a checkpoint that belong on the Hub: it may be deleted before they are sent."""
+    copy = TemporaryDirectory(prefix="_push-", dir=beside)
+    for name in files_to_push(checkpoint):
+        target = Path(copy.name, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.hardlink_to(Path(checkpoint, name))
+        except OSError:  # the file system has no links
+            shutil.copyfile(Path(checkpoint, name), target)
+    return copy
+
+
+def warn_if_refused(job: Future) -> None:
+    """A push in the background must not end the training, and must not fail unnoticed."""
+    if not job.cancelled() and job.exception() is not None:
+        logger.warning(f"not published: {job.exception()}")
+
+
+def push_copy(copy: TemporaryDirectory, repo_id: str, **options) -> CommitInfo:
+    """Push and remove what `copy_model` made."""
+    with copy as folder:
+        return push_folder(folder, repo_id, with_card=False, **options)
