@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
+from .dead_branches import warn_of_blocked_branches
 from .diagnostics import resweight_profile
 from .gradinit import GradInitReport
 from .hub import PushingTrainer
@@ -203,6 +204,7 @@ class ReZeroTrainer(PushingTrainer, PruningTrainer):
         if self.label_smoother is not None and self._is_causal_lm:
             self.label_smoother = partial(self.label_smoother, shift_labels=True)
         self.add_callback(_TellEpoch)
+        self.add_callback(_WarnOfBlockedBranches)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Decide weight decay by shape, where the Trainer decides by name and would decay `resweight`."""
@@ -392,6 +394,14 @@ class _TellEpoch(TrainerCallback):
         dataset = getattr(train_dataloader, "dataset", None)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(math.floor(state.epoch + 1e-6))
+
+
+class _WarnOfBlockedBranches(TrainerCallback):
+    """Two zeros in a row show in the first gradient, and nothing else would tell."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            warn_of_blocked_branches(model)
 
 
 def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

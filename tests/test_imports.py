@@ -43,6 +43,7 @@ ALLOWED = {
     "metrics/__init__.py": {"evaluate"},
     "metrics/bits_per_byte/bits_per_byte.py": {"datasets", "evaluate"},
     "metrics/bits_per_byte/app.py": {"evaluate", "gradio"},
+    "dead_branches.py": {"torch"},
     "fold.py": {"torch"},
     "convert.py": {"torch"},
     "trial.py": {"torch"},

@@ -41,6 +41,18 @@ def test_residual_weights_have_their_own_scheduled_learning_rate(make_config, ar
     assert sum(len(g["params"]) for g in trainer.optimizer.param_groups) == len(list(model.parameters()))
 
 
+def test_a_branch_that_will_never_learn_is_warned_of_once(make_config, arguments):
+    model = ReZeroForCausalLM(make_config(resweight_init=0.0))
+    for layer in model.model.layers[:2]:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            nn.init.zeros_(projection.weight)
+    with pytest.warns(
+        UserWarning, match="2 residual branches will never learn: .*layers.0.*is 0 and its branch"
+    ) as found:
+        make_trainer(model, arguments(max_steps=3)).train()
+    assert sum("never learn" in str(warning.message) for warning in found) == 1
+
+
 def test_a_learning_rate_for_missing_residual_weights_is_refused(arguments):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=16, n_layer=1, n_head=2))
     trainer = make_trainer(model, arguments(resweight_learning_rate=0.05))

@@ -366,6 +366,22 @@ class ReZeroPreTrainedModel(PreTrainedModel):
             ) from error
 
     @torch.no_grad()
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resize as every model of transformers does; new rows not drawn around the mean get initial values."""
+        old = self.get_input_embeddings()
+        rows, scale = old.num_embeddings, getattr(old, "scale", 1.0)
+        table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if not mean_resizing:
+            # super() draws them as for a position table and a projection: nothing tells it the modules apart
+            table.weight[rows:].normal_(std=self.config.embedding_std / scale)
+            head = self.get_output_embeddings()
+            if head is not None and head.weight is not table.weight:
+                head.weight[rows:].normal_(std=self.config.initializer_range)
+        return table
+
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """Fill the leaf module with its initial values.
 

@@ -134,8 +134,7 @@ def _untouched_statistics(block: nn.Module):
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-def _checkpoint_block(checkpoint, function: partial, *args):
-    block = function.args[0]
+def _checkpoint_block(checkpoint, block: nn.Module, function, *args):
     return checkpoint(function, *args, context_fn=lambda: (nullcontext(), _untouched_statistics(block)))
 
 
@@ -167,9 +166,10 @@ class ReZeroResNetPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs):
-        if gradient_checkpointing_func is not None:
-            gradient_checkpointing_func = partial(_checkpoint_block, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        for block in self.modules():
+            if isinstance(block, ReZeroResNetBlock) and gradient_checkpointing_func is not None:
+                block._gradient_checkpointing_func = partial(_checkpoint_block, gradient_checkpointing_func, block)
 
     def sync_config(self) -> None:
         """Write the sizes that the modules have into the config, as after pruning or growing."""
