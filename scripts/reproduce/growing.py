@@ -34,18 +34,18 @@ def stages(passes: int, depth: int) -> dict[str, list[tuple[int, int]]]:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Training loss by layer passes and by time, one line for each seed."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    for axes, column, label in zip(figure.subplots(1, 2), (0, 1), ("layer passes", "seconds"), strict=True):
-        for color, (arm, best) in enumerate(results["best"].items()):
-            for seed in range(len(best["test"])):
-                curve = np.array(results["runs"][f"{arm} | lr={best['learning_rate']:g} | seed={seed}"]["curve"])
-                smooth = np.convolve(curve[:, 2], np.ones(5) / 5, mode="valid")
-                name = f"{arm}: test {best['mean']:.3f}" if seed == 0 else None
-                axes.plot(curve[4:, column], smooth, f"C{color}", linewidth=1, label=name)
-        axes.set(xlabel=label, ylabel="training bits per byte, mean of 50 steps")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    """Training loss by layer passes, one line for each seed."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for color, (arm, best) in enumerate(results["best"].items()):
+        for seed in range(len(best["test"])):
+            curve = np.array(results["runs"][f"{arm} | lr={best['learning_rate']:g} | seed={seed}"]["curve"])
+            smooth = np.convolve(curve[:, 2], np.ones(5) / 5, mode="valid")
+            name = f"{arm}: test {best['mean']:.3f}" if seed == 0 else None
+            axes.plot(curve[4:, 0], smooth, f"C{color}", linewidth=1, label=name)
+    axes.set(xlabel="layer passes", ylabel="training bits per byte, mean of 50 steps", ylim=(None, 5))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     save_figure(figure, path)
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     """Run the comparison, write the result file and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, depth=24, passes=14_400)
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=[2e-3, 5e-3])
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=[2e-3, 5e-3, 1e-2])
     parser.add_argument("--output", type=Path, default=RESULTS / "growing.json")
     parser.add_argument("--figure", type=Path, default=FIGURES / "growing.png")
     args = parser.parse_args()

@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--image_file", required=True, help=".npz with train_x, train_y, test_x, test_y (uint8, NHWC)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.3, 1.0])
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.03, 0.1, 0.3, 1.0])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--pictures", type=int, help="at most so many of each part")

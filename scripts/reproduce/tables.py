@@ -166,6 +166,22 @@ def resnets(results: dict) -> list[list[str]]:
     return rows
 
 
+def superconvergence(results: dict) -> list[list[str]]:
+    """One row for each schedule and rule."""
+    rows = [["ResNet-20, 6 epochs", "best maximal lr", "test error, %", "by maximal lr"]]
+    for arm, best in results["best"].items():
+        grid = {
+            key.split("lr=")[1].split(" ")[0]: run
+            for key, run in results["runs"].items()
+            if key.startswith(f"{arm} | ")
+        }
+        by_rate = ", ".join(
+            f"{rate}: {100 - fmean(grid[rate]['accuracy'][-2:]):.1f}" for rate in sorted(grid, key=float)
+        )
+        rows.append([arm, f"{best['learning_rate']:g}", f"{best['mean']:.1f}", by_rate])
+    return rows
+
+
 def fully_connected(results: dict) -> list[list[str]]:
     """One row for each rule at 32 layers."""
     rows = [
@@ -179,7 +195,7 @@ def fully_connected(results: dict) -> list[list[str]]:
 
 def fully_connected_depth(results: dict) -> list[list[str]]:
     """One row for each deep net."""
-    rows = [["layers x 150", "steps before the loss was not finite", "loss, first steps", "loss, last steps"]]
+    rows = [["layers x 150", "steps with a finite loss", "loss, first steps", "loss, last steps"]]
     for key, run in results["runs"].items():
         layers, rule = key.split(" | ")[:2]
         if layers != "32":
@@ -209,12 +225,10 @@ def norm_variants(results: dict) -> list[list[str]]:
 
 
 def _byte_models(results: dict, head: str) -> list[list[str]]:
-    rows = [[head, "best lr", "test bits per byte, mean", "by seed", "seconds"]]
+    rows = [[head, "best lr", "test bits per byte, mean", "by seed"]]
     for arm, best in results["best"].items():
-        run = results["runs"][f"{arm} | lr={best['learning_rate']:g} | seed=0"]
         by_seed = ", ".join(f"{test:.3f}" for test in best["test"])
-        seconds = f"{run['seconds']:.0f}" if "seconds" in run else ""
-        rows.append([arm, f"{best['learning_rate']:g}", f"{best['mean']:.3f}", by_seed, seconds])
+        rows.append([arm, f"{best['learning_rate']:g}", f"{best['mean']:.3f}", by_seed])
     return rows
 
 
@@ -245,6 +259,13 @@ TABLES = {
         pruning_curve_images,
         pruning_curve_text,
         pruning_speed,
+        fully_connected,
+        fully_connected_depth,
+        depth_cost,
+        resnets,
+        superconvergence,
+        growing,
+        norm_variants,
         jacobian,
     )
 }
