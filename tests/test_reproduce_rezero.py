@@ -12,6 +12,7 @@ from launch import SCRIPTS
 sys.path.append(str(SCRIPTS / "reproduce"))
 
 import depth_cost
+import fold_speed
 import fully_connected
 import growing
 import norm_variants
@@ -179,3 +180,12 @@ def test_the_cost_of_depth_is_a_ratio_of_medians(tmp_path, monkeypatch):
     costs = results["results"]
     expected = costs["seconds_per_step"]["200"] / 200 / (costs["seconds_per_step"]["100"] / 100)
     assert costs["per_layer_against_100"] == pytest.approx(expected, rel=0.02)
+
+
+def test_a_folded_model_is_timed_beside_the_other(tmp_path, monkeypatch):
+    monkeypatch.setitem(fold_speed.CASES, "128 x 64, 1 token", (16, 4, 2, 1, 8))
+    results = run(fold_speed, monkeypatch, tmp_path / "o.json", "--rounds", 5, "--cases", "128 x 64, 1 token")[
+        "results"
+    ]
+    figures = results["128 x 64, 1 token"]
+    assert figures["ratio"] == figures["after"] / figures["before"] and 0 < figures["difference"] < 1e-5

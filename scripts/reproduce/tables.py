@@ -214,6 +214,12 @@ def depth_cost(results: dict) -> list[list[str]]:
     ]
 
 
+def fold_speed(results: dict) -> list[list[str]]:
+    """One row for each model."""
+    rows = [["forward pass, one thread", "time of the folded model", "largest difference of logits, relative"]]
+    return [*rows, *([c, f"{r['ratio']:.2f}", f"{r['difference']:.0e}"] for c, r in results["results"].items())]
+
+
 def growing(results: dict) -> list[list[str]]:
     """One row for each way to spend the same layer passes."""
     return _byte_models(results, "layers")
@@ -267,6 +273,7 @@ TABLES = {
         growing,
         norm_variants,
         jacobian,
+        fold_speed,
     )
 }
 
