@@ -120,6 +120,7 @@ def rezero_mlp(**config):
 REZERO_IMAGE = {f.__name__: f for f in (rezero_resnet, rezero_bottleneck, plain_resnet, rezero_mlp)}
 TEXT = {f.__name__: f for f in (rezero, rezero_gqa, gpt2, llama, bert, roberta, distilbert)}
 IMAGE = {f.__name__: f for f in (seed_net, resnet, bottleneck_resnet, residual_net)} | REZERO_IMAGE
+WITH_UNITS = [*TEXT, *(name for name in IMAGE if name != "rezero_mlp")]  # a fully connected net has whole layers only
 
 
 def build(name, dtype=torch.float64, seed=0):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from pruning_models import IMAGE, TEXT, build, rezero, set_masks, stir
+from pruning_models import WITH_UNITS, build, rezero, set_masks, stir
 from torch import nn
 
 from hf_rezero.pruning import L0MaskLayer, L1MaskLayer, attach_masks, finalize_masks, find_groups
@@ -101,7 +101,7 @@ def test_small_l1_masks_are_caught_and_never_come_back():
 
 
 @pytest.mark.parametrize("kind", ["l1", "l0"])
-@pytest.mark.parametrize("name", [*TEXT, *IMAGE])
+@pytest.mark.parametrize("name", WITH_UNITS)
 def test_an_attached_model_evaluates_as_before_to_the_bit(name, kind):
     model, batch = build(name)
     before, keys = output_of(model, batch), set(model.state_dict())

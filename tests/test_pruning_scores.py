@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from pruning_models import IMAGE, TEXT, build, gpt2, rezero, seed_net, stir
+from pruning_models import WITH_UNITS, build, gpt2, rezero, seed_net, stir
 from torch import nn
 
 from hf_rezero import ReZero
@@ -163,7 +163,7 @@ def test_taylor_is_the_derivative_by_a_factor_on_the_unit():
     assert model.training and model[0].weight.grad is None and not hasattr(model, "pruning_masks")
 
 
-@pytest.mark.parametrize("name", [*TEXT, *IMAGE])
+@pytest.mark.parametrize("name", WITH_UNITS)
 def test_every_score_serves_every_family(name):
     model, batch = build(name)
     groups = find_groups(model)
