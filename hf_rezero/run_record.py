@@ -15,7 +15,6 @@ from urllib.parse import urlsplit, urlunsplit
 import torch
 
 from .diagnostics import resweight_profile
-from .plots import plot_resweights
 from .tokenization import byte_tokenizer
 
 
@@ -62,6 +61,8 @@ def record_run(
     if report is not None:
         report.save(folder / "pruning" / "report.json")
     if profile := resweight_profile(model):
+        from .plots import plot_resweights  # matplotlib is slow to import: only who draws waits for it
+
         plot_resweights(profile, folder / "resweights.png")
     return record
 

@@ -47,6 +47,8 @@ class ReZeroTrainingArguments(TrainingArguments):
     `lr_scheduler_kwargs={"points": [[0, 0.1], [0.4, 1], [1, 0]]}` is a schedule of straight lines between shares of
     the training and factors of `learning_rate`, whatever `lr_scheduler_type` says; `"momentum"` takes points too.
 
+    `torch_compile` compiles one layer and reuses it for all, unless ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=false.
+
     `bpb` as `metric_for_best_model` is better when lower. `ddp_find_unused_parameters` is False, because every
     parameter takes part in every step.
     """
@@ -125,6 +127,8 @@ class ReZeroTrainingArguments(TrainingArguments):
         self.optim = OptimizerNames.ADAMW_TORCH  # whatever the parent accepts
         super().__post_init__()
         self.optim = chosen
+        if self.torch_compile:  # one layer, reused for all: 128 of them in seconds
+            os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
 
     def set_optimizer(self, name: str = "adamw_torch", *args, **kwargs):
         """As in `TrainingArguments`, for all names."""

@@ -1,6 +1,7 @@
 """Who may import whom: DESIGN of the library, held by a scan of the sources."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -117,3 +118,8 @@ def test_public_names_are_pinned():
         "param_groups",
     ]
     assert all(hasattr(hf_rezero, name) for name in hf_rezero.__all__)
+
+
+def test_importing_the_library_does_not_import_matplotlib():
+    code = "import sys, hf_rezero; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,6 +1,8 @@
 """`ReZeroTrainer` on one process, against plain loops."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -51,6 +53,36 @@ def test_a_branch_that_will_never_learn_is_warned_of_once(make_config, arguments
     ) as found:
         make_trainer(model, arguments(max_steps=3)).train()
     assert sum("never learn" in str(warning.message) for warning in found) == 1
+
+
+COMPILED = """
+import sys
+import torch
+from torch._dynamo.utils import counters
+from hf_rezero import ReZeroConfig, ReZeroForCausalLM, ReZeroTrainer, ReZeroTrainingArguments
+
+losses = []
+for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 10, "num_attention_heads": 2, "max_position_embeddings": 16}
+    rows = [{"input_ids": torch.arange(16) + i, "labels": torch.arange(16) + i} for i in range(8)]
+    common = {"output_dir": sys.argv[1], "max_steps": 2, "logging_steps": 1, "use_cpu": True, "report_to": []}
+    args = ReZeroTrainingArguments(**common, **options, per_device_train_batch_size=4, learning_rate=1e-2)
+    trainer = ReZeroTrainer(model=ReZeroForCausalLM(ReZeroConfig(**sizes)), args=args, train_dataset=rows)
+    trainer.train()
+    losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+trainer.save_model()
+print("RESULT", counters["stats"]["unique_graphs"], max(abs(a - b) for a, b in zip(*losses)) < 1e-4)
+"""
+
+
+def test_torch_compile_compiles_one_layer_for_all(tmp_path):
+    # in a process of its own: accelerate keeps the choice in the environment and in its state
+    command = [sys.executable, "-c", COMPILED, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    _, graphs, same = run.stdout.split("RESULT")[1].split(" ")[:3]
+    assert int(graphs) < 10 and same.startswith("True")
+    assert "model.layers.0.mlp.up_proj.weight" in load_file(tmp_path / "model.safetensors")
 
 
 def test_a_learning_rate_for_missing_residual_weights_is_refused(arguments):

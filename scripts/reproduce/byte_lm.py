@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from record import provenance, read_json, write_json
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_rezero import ReZeroConfig, ReZeroForCausalLM, grow_, load_corpus, param_groups
+from hf_rezero import grow_, load_corpus, param_groups
 from hf_rezero.data import ByteDataset, collate_bytes, evaluation_windows
 
 
@@ -21,50 +23,114 @@ STRIDE = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser, **defaults) -> None:
-    """The corpus, the sizes and the budget."""
+    """The corpus, the sizes, the budget and the device."""
     parser.add_argument("--train_file", default="python-stdlib", help="corpus: a file or a name of load_corpus")
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "block_size": 128, "batch_size": 4, "seeds": 2, "threads": 1}
     for name, default in (sizes | defaults).items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--windows", type=int, default=512, help="of the test text, spread over all of it")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bf16")
+    parser.add_argument("--compile", action="store_true", help="compile one layer, reused for all")
+    parser.add_argument("--checkpoint_steps", type=int, default=0, help="a killed run goes on from the last multiple")
 
 
-def train(config: dict, stages: Sequence[tuple[int, int]], rate: float, seed: int, args: argparse.Namespace) -> dict:
+def build_model(config: dict, layers: int, args: argparse.Namespace) -> nn.Module:
+    """A causal model of `config["model_type"]`, ReZero without one, at the sizes of `args`."""
+    sizes = {name: getattr(args, name) for name in ("hidden_size", "num_attention_heads")}
+    sizes |= {"max_position_embeddings": args.block_size, "num_hidden_layers": layers, "use_cache": False}
+    config = AutoConfig.for_model(**{"model_type": "rezero", "vocab_size": 264, **sizes, **config})
+    model = AutoModelForCausalLM.from_config(config).to(args.device)
+    if args.compile:
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.compile()
+    return model
+
+
+def train(
+    config: dict,
+    stages: Sequence[tuple[int, int]],
+    rate: float,
+    seed: int,
+    args: argparse.Namespace,
+    warmup: float = 0,
+) -> dict:
     """Train through stages of (layers, steps), grown from one to the next, and score the test text.
 
-    AdamW, gradients clipped to 1, no warmup; the learning rate falls linearly to 0 over the last 30 % of the layer
-    passes. `curve` has layer passes, seconds and the mean training loss of every `STRIDE` steps in bits per byte.
+    AdamW, gradients clipped to 1; the learning rate rises over the share `warmup` of the layer passes and falls to 0 over
+    their last 30 %. `curve` has layer passes, seconds and the mean training loss of every `STRIDE` steps in bits per byte.
     """
     torch.manual_seed(seed)
-    shape = {name: getattr(args, name) for name in ("hidden_size", "num_attention_heads")}
-    shape |= {"max_position_embeddings": args.block_size, "num_hidden_layers": stages[0][0], "use_cache": False}
-    model = ReZeroForCausalLM(ReZeroConfig(**shape | config))
+    model = build_model(config, stages[0][0], args)
     optimizer = torch.optim.AdamW(param_groups(model, weight_decay=0.1), rate, betas=(0.9, 0.95), fused=True)
-    total, passes, start = sum(layers * steps for layers, steps in stages), 0, time.perf_counter()
-    batches, losses, curve = row_batches(args, sum(steps for _, steps in stages), seed), [], []
-    for layers, steps in stages:
-        if layers > len(model.model.layers):
-            grow_(model, layers - len(model.model.layers), optimizer=optimizer)
-        for _ in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, (total - passes) / (0.3 * total))
-            losses.append(step(model, optimizer, next(batches), args))
-            passes += layers
-            if not math.isfinite(losses[-1]):
-                return {"curve": curve, "test": math.inf}
-            if len(losses) % STRIDE == 0:
-                curve.append([passes, round(time.perf_counter() - start, 1), round(mean(losses[-STRIDE:]), 4)])
-    return {"curve": curve, "test": round(evaluate(model, args), 4), "seconds": curve[-1][1]}
+    depths = [layers for layers, steps in stages for _ in range(steps)]
+    ends, total, depth = np.cumsum(depths), sum(depths), depths[0]
+    saved, run = read_checkpoint(args), {"curve": [], "seconds": 0.0}
+    recent, start = [], time.perf_counter()
+    for index, rows in enumerate(row_batches(args, len(depths), seed)):
+        if depths[index] > depth:
+            depth += len(grow_(model, depths[index] - depth, optimizer=optimizer))
+        if index < saved.get("step", 0):
+            continue
+        if index == saved.get("step"):
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            run, start = saved["run"], time.perf_counter() - saved["run"]["seconds"]
+        passes = int(ends[index])
+        rising = passes / (warmup * total) if warmup else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, rising, (total - passes + depth) / (0.3 * total))
+        recent.append(step(model, optimizer, rows, args))
+        if (index + 1) % STRIDE == 0:
+            loss, recent = float(torch.stack(recent).mean()) / math.log(2), []
+            if not math.isfinite(loss):
+                return run | {"test": math.inf}
+            run["seconds"] = round(time.perf_counter() - start, 1)
+            run["curve"].append([passes, run["seconds"], round(loss, 4)])
+            if args.checkpoint_steps and (index + 1) % args.checkpoint_steps == 0:
+                write_checkpoint(args, index + 1, model, optimizer, run)
+    return run | {"test": round(evaluate(model, args), 4)}
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, rows: np.ndarray, args: argparse.Namespace) -> float:
-    """One step; returns the loss in bits per byte."""
-    loss = model(**collate_bytes(args.dataset.__getitems__(rows))).loss
+def read_checkpoint(args: argparse.Namespace) -> dict:
+    """What `write_checkpoint` left of the run `args.key`, empty if it left none."""
+    path = args.output.with_suffix(".pt")
+    saved = torch.load(path, map_location=args.device, weights_only=True) if path.exists() else {}
+    return saved if saved.get("key") == args.key else {}
+
+
+def write_checkpoint(args, steps: int, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict) -> None:
+    """Write the state after so many steps beside the result file; the next run replaces it."""
+    path = args.output.with_suffix(".pt")
+    state = {
+        "key": args.key,
+        "step": steps,
+        "run": run,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, rows: np.ndarray, args: argparse.Namespace
+) -> torch.Tensor:
+    """One step; returns the loss in nats, on its device."""
+    loss = forward(model, collate_bytes(args.dataset.__getitems__(rows)), args).loss
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return loss.item() / math.log(2)
+    return loss.detach()
+
+
+def forward(model: nn.Module, batch: dict[str, torch.Tensor], args: argparse.Namespace):
+    """The output of the model for a batch, on the device and in the precision of `args`."""
+    batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
+        return model(**batch)
 
 
 def row_batches(args: argparse.Namespace, steps: int, seed: int):
@@ -84,22 +150,27 @@ def evaluate(model: nn.Module, args: argparse.Namespace) -> float:
     for part in np.array_split(rows, math.ceil(len(rows) / 64)):
         batch = collate_bytes(windows.__getitems__(part))
         scored = int((batch["labels"] != -100).sum())
-        total, count = total + model(**batch).loss.item() * scored, count + scored
+        total, count = total + forward(model, batch, args).loss.item() * scored, count + scored
     return total / count / math.log(2)
 
 
-def run_grid(arms: dict[str, Callable[[float, int], dict]], rates: Sequence[float], args: argparse.Namespace) -> dict:
-    """Each arm over the learning rates on seed 0, then at its best one on the other seeds; goes on where it stopped."""
+def run_grid(
+    arms: dict[str, Callable[[float, int], dict]], rates: Sequence[float], args: argparse.Namespace, walk: bool = False
+) -> dict:
+    """Each arm over the learning rates on seed 0, then at its best one on the other seeds; goes on where it stopped.
+
+    With `walk` an arm starts at the middle rate and goes to the better neighbour while there is one.
+    """
     torch.set_num_threads(args.threads)
     args.corpus = load_corpus(args.train_file)
     args.dataset = ByteDataset(args.corpus.train, args.block_size)
     results = read_json(args.output) or {"runs": {}, "best": {}}
-    hidden = ("corpus", "dataset", "output", "figure", "train_file")
+    hidden = ("corpus", "dataset", "output", "figure", "train_file", "key")
     results["settings"] = {name: value for name, value in vars(args).items() if name not in hidden}
     results["settings"]["corpus"] = Path(args.train_file).name
 
     def run(arm: str, rate: float, seed: int) -> float:
-        key = f"{arm} | lr={rate:g} | seed={seed}"
+        key = args.key = f"{arm} | lr={rate:g} | seed={seed}"
         if key not in results["runs"]:
             results["runs"][key] = arms[arm](rate, seed)
             results["provenance"] = provenance()
@@ -108,8 +179,20 @@ def run_grid(arms: dict[str, Callable[[float, int], dict]], rates: Sequence[floa
         return results["runs"][key]["test"]
 
     for arm in arms:
-        best = min(rates, key=lambda rate: run(arm, rate, 0))
+        best = (walk_down if walk else min)(rates, key=lambda rate: run(arm, rate, 0))
         tests = [run(arm, best, seed) for seed in range(args.seeds)]
         results["best"][arm] = {"learning_rate": best, "test": tests, "mean": round(mean(tests), 4)}
         write_json(args.output, results)
+    args.output.with_suffix(".pt").unlink(missing_ok=True)
     return results
+
+
+def walk_down(rates: Sequence[float], key: Callable[[float], float]) -> float:
+    """A rate whose neighbours are no better, found from the middle one: the best of all where `key` has one minimum."""
+    place = len(rates) // 2
+    while True:
+        near = [i for i in (place, place - 1, place + 1) if 0 <= i < len(rates)]
+        best = min(near, key=lambda i: key(rates[i]))
+        if best == place:
+            return rates[place]
+        place = best

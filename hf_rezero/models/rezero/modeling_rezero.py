@@ -41,17 +41,19 @@ class ReZeroResidual(nn.Module):
     def __init__(self, config: ReZeroConfig):
         super().__init__()
         self.skip_connection = config.skip_connection
+        self.scales_projection = config.resweight_trainable and config.norm_position != "branch"
         self.resweight = None
         if config.resweight_sharing != "none":
             self.resweight = nn.Parameter(torch.zeros(1), requires_grad=config.resweight_trainable)
 
-    def forward(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-        if self.resweight is None:
-            return hidden_states + branch.to(hidden_states.dtype) if self.skip_connection else branch
-        resweight = self.resweight.to(hidden_states.dtype)
-        if not self.skip_connection:
-            return resweight * branch
-        return torch.addcmul(hidden_states, resweight, branch.to(hidden_states.dtype))
+    def forward(self, hidden_states: torch.Tensor, branch: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """`branch()` is F(x); `branch(scale=w)` is w F(x), whose gradient for w keeps no F(x)."""
+        resweight = self.resweight
+        if resweight is None or self.scales_projection:
+            output = branch(scale=resweight)
+            return hidden_states + output.to(hidden_states.dtype) if self.skip_connection else output
+        resweight, output = resweight.to(hidden_states.dtype), branch().to(hidden_states.dtype)
+        return torch.addcmul(hidden_states, resweight, output) if self.skip_connection else resweight * output
 
 
 class ReZeroDyT(nn.Module):
@@ -65,6 +67,42 @@ class ReZeroDyT(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.weight * torch.tanh(self.alpha * hidden_states) + self.bias
+
+
+class ScaledLinear(torch.autograd.Function):
+    """w (W x + b) for x (..., D_in), with the gradient of w from <dL/d(wW), W> and dL/d(wb).
+
+    Autograd would keep W x + b for it, D numbers for each token.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale):
+        ctx.save_for_backward(x, weight, bias, scale)
+        output = nn.functional.linear(x, weight, bias)
+        return output.mul_(scale.to(output.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, bias, scale = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        grad_x = (gradient * scale.to(gradient.dtype)) @ weight.to(gradient.dtype)
+        unscaled = (rows.t() @ x.reshape(-1, x.shape[-1]).to(rows.dtype)).to(weight.dtype)
+        grad_weight, grad_scale = unscaled * scale.to(weight.dtype), (unscaled * weight).sum()
+        grad_bias = None
+        if bias is not None:
+            unscaled_bias = rows.sum(0).to(bias.dtype)
+            grad_bias, grad_scale = unscaled_bias * scale.to(bias.dtype), grad_scale + (unscaled_bias * bias).sum()
+        return grad_x.to(x.dtype), grad_weight, grad_bias, grad_scale.reshape(1).to(scale.dtype)
+
+
+def scaled_linear(linear: nn.Module, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """scale * linear(x), or linear(x) without a scale; adapters, quantised, sharded and observed layers run as they are."""
+    if scale is None:
+        return linear(x)
+    if type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks:
+        return ScaledLinear.apply(x, linear.weight, linear.bias, scale)
+    output = linear(x)
+    return output * scale.to(output.dtype)
 
 
 def _make_norm(config: ReZeroConfig) -> nn.Module:
@@ -101,7 +139,7 @@ class ReZeroSinusoidalPositions(nn.Module):
 
 
 class ReZeroRotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotary positions (Su et al. 2021, arXiv:2104.09864), (B, T, E) each."""
+    """Cosines and sines of the rotary positions (Su et al. 2021, arXiv:2104.09864), as `apply_rotary_pos_emb` reads them."""
 
     def __init__(self, config: ReZeroConfig):
         super().__init__()
@@ -124,21 +162,18 @@ class ReZeroRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float)
-        angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
-
-
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """(a, b) -> (-b, a) on the two halves of the last dimension."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return cos.unsqueeze(1).to(hidden_states.dtype), sin.unsqueeze(1).to(hidden_states.dtype)
 
 
 def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the feature pairs of x (B, H, T, E) by the angles of their positions."""
-    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
-    return x * cos + rotate_half(x) * sin
+    """Turn the feature pairs of x (B, H, T, E), (a, b) -> (a cos - b sin, b cos + a sin) for its halves a and b.
+
+    cos is (cos, cos) and sin is (-sin, sin), (B, 1, T, E): a change of the halves is all that is left to do.
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos.to(x.dtype), torch.cat((b, a), dim=-1), sin.to(x.dtype))
 
 
 def eager_attention_forward(
@@ -164,6 +199,30 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def batched_matmul_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """`eager_attention_forward` with the masks of sdpa: None for a causal or a full one, or booleans, True to attend."""
+    lowest = torch.finfo(query.dtype).min
+    if attention_mask is None and module.is_causal and query.shape[2] > 1:
+        attention_mask = query.new_full((query.shape[2], key.shape[2]), lowest).triu(1)
+    elif attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = query.new_zeros(()).masked_fill(~attention_mask, lowest)
+    output, _ = eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return output, None
+
+
+def flash_backward_is_slow(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """On a CPU in bf16: there plain products take a third of the time, at the price of the weights, T x S per head."""
+    is_training = query.requires_grad and torch.is_grad_enabled()
+    return is_training and query.dtype == torch.bfloat16 and query.device.type == "cpu" and key.shape[2] <= 512
+
+
 class ReZeroAttention(nn.Module):
     """Multi-head attention on the tokens themselves."""
 
@@ -187,16 +246,19 @@ class ReZeroAttention(nn.Module):
         """(B, T, H * E) -> (B, H, T, E); H is inferred, so that tensor parallelism can hold a part of the heads."""
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
-    def attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(
+        self, query, key, value, attention_mask, scale=None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the chosen attention implementation and project its heads back to the residual stream."""
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if implementation == "sdpa" and flash_backward_is_slow(query, key):
+            attention_interface = batched_matmul_attention
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attention_interface(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.flatten(2)), weights
+        return scaled_linear(self.o_proj, output.flatten(2), scale), weights
 
     def forward(
         self,
@@ -253,8 +315,8 @@ class ReZeroMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+    def forward(self, hidden_states: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        return scaled_linear(self.down_proj, self.act_fn(self.up_proj(hidden_states)), scale)
 
 
 class ReZeroLayer(GradientCheckpointingLayer):
@@ -284,15 +346,18 @@ class ReZeroLayer(GradientCheckpointingLayer):
     def connect(self, name: str, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """One row of Table 1: none x + w F(x), pre x + w F(N(x)), post N(x + w F(x)), branch x + w N(F(x))."""
         norm = self.norms[name] if self.norm_position != "none" else None
-        branch = getattr(self, name)(norm(hidden_states) if self.norm_position == "pre" else hidden_states, **kwargs)
-        if isinstance(branch, tuple):
-            branch = branch[0]
-        if self.norm_position == "branch":
-            branch = norm(branch)
-        if self.dropout:
-            branch = nn.functional.dropout(branch, self.dropout, self.training)
-        hidden_states = self.residuals["layer" if self.shared else name](hidden_states, branch)
-        return norm(hidden_states) if self.norm_position == "post" else hidden_states
+
+        def branch(scale: torch.Tensor | None = None) -> torch.Tensor:
+            inputs = norm(hidden_states) if self.norm_position == "pre" else hidden_states
+            output = getattr(self, name)(inputs, scale=scale, **kwargs)
+            if isinstance(output, tuple):
+                output = output[0]
+            if self.norm_position == "branch":
+                output = norm(output)
+            return nn.functional.dropout(output, self.dropout, self.training) if self.dropout else output
+
+        output = self.residuals["layer" if self.shared else name](hidden_states, branch)
+        return norm(output) if self.norm_position == "post" else output
 
     def forward(
         self,

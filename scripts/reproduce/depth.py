@@ -1,0 +1,78 @@
+"""Table 3 of the paper: byte models of 12, 64 and 128 layers at equal tokens, ReZero against pre-norm and post-norm.
+
+    python scripts/reproduce/depth.py --train_file enwik8_prefix.xz
+    python scripts/reproduce/depth.py --train_file enwik8.zip --hidden_size 256 --block_size 512 --batch_size 64 --steps 20000 \
+        --bf16 --compile --checkpoint_steps 1000 --output enwik8_depth.json
+
+The second line is the paper's model, for a GPU. Learning rates, seeds, losses and seconds are those of `convergence.py`
+(Bachlechner et al. 2020, section 5). How much faster ReZero is: the steps of pre-norm to a loss, over those of ReZero.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from byte_lm import add_arguments, run_grid, train
+from convergence import ARMS, LADDER, config_of, runs_of, smooth, steps_to
+from matplotlib.figure import Figure
+from record import FIGURES, RESULTS
+
+from hf_rezero.plots import save_figure
+
+
+RULES = [
+    "ReZero, w = 0",
+    "ReZero, w = 1/sqrt(2L)",
+    "pre-norm + warmup",
+    "pre-norm, x + cF(N(x)), + warmup",
+    "post-norm + warmup",
+]
+
+
+def speed_up(fast: dict, slow: dict, loss: float) -> float | None:
+    """Steps of the slow run to the loss over those of the fast one, None if one of them never gets there."""
+    steps = [steps_to(run["curve"], loss) for run in (slow, fast)]
+    return None if None in steps else round(steps[0] / steps[1], 2)
+
+
+def draw(results: dict, path: Path) -> None:
+    """Training loss by step, a panel for each depth."""
+    depths = sorted({int(arm.split()[0]) for arm in results["best"]})
+    figure = Figure(figsize=(4 * len(depths), 4), layout="constrained")
+    panels = figure.subplots(1, len(depths), sharey=True, squeeze=False)[0]
+    for depth, axes in zip(depths, panels, strict=True):
+        for color, rule in enumerate(RULES):
+            runs = runs_of(results, f"{depth} {rule}") if f"{depth} {rule}" in results["best"] else []
+            curves = [smooth(run["curve"]) for run in runs if len(run["curve"]) > 5]
+            if curves:
+                axes.plot(curves[0][0], np.mean([losses for _, losses in curves], axis=0), f"C{color}", label=rule)
+        axes.set(title=f"{depth} layers", xlabel="step", ylim=(None, 5.2))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("training bits per byte, mean of 50 steps")
+    panels[0].legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def main() -> None:
+    """Run the comparison, write the result file and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, steps=400, seeds=1)
+    parser.add_argument("--depths", nargs="+", type=int, default=[12, 64, 128])
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=LADDER)
+    parser.add_argument("--output", type=Path, default=RESULTS / "depth.json")
+    parser.add_argument("--figure", type=Path, default=FIGURES / "depth.png")
+    args = parser.parse_args()
+
+    def arm(depth: int, rule: str):
+        config, warmup = config_of(rule, depth, args), ARMS[rule][1]
+        return lambda rate, seed: train(config, [(depth, args.steps)], rate, seed, args, warmup)
+
+    arms = {f"{depth} {rule}": arm(depth, rule) for depth in args.depths for rule in RULES}
+    results = run_grid(arms, args.learning_rates, args, walk=True)
+    draw(results, args.figure)
+    for name, best in results["best"].items():
+        print(f"{name:30s} {best}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Speed and memory of ReZero against GPT-2, Llama and nn.TransformerEncoder at equal dimensions.
+
+    python scripts/reproduce/model_speed.py
+
+Everything is a ratio within one run: the arms take turns, a ratio is the median over the rounds, and GPT-2 as transformers ships
+it (sdpa, gelu_new, dropout 0) is 1. One thread and its processor time, so that other work on the machine counts less. ReZero
+is folded (`fold_resweight_`) for inference. Memory is what autograd saves for the backward pass, in units of width numbers for
+each token and layer.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+
+import torch
+from record import RESULTS, provenance, read_json, write_json
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hf_rezero import ReZeroConfig, ReZeroForCausalLM, fold_resweight_
+
+
+VOCABULARY = 264
+# layers, width, heads, tokens, batch of training, batch of inference
+CASES = {
+    "12 x 512": (12, 512, 8, 512, 2, 1),
+    "64 x 256": (64, 256, 4, 128, 4, 1),
+    "128 x 256": (128, 256, 4, 128, 4, 1),
+    "128 x 64": (128, 64, 4, 128, 4, 2),
+}
+MEASURES = ["train", "train_bf16", "infer", "one_token", "generate", "saved"]
+
+
+class TorchEncoder(nn.Module):
+    """nn.TransformerEncoder, pre-norm and causal, as a language model."""
+
+    def __init__(self, layers: int, width: int, heads: int, tokens: int):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.embed, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(tokens, width)
+        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(input_ids.shape[1])
+        x = self.embed(input_ids) + self.positions.weight[: input_ids.shape[1]]
+        return self.head(self.layers(x, mask, is_causal=True))
+
+
+def builders(layers: int, width: int, heads: int, tokens: int) -> dict[str, Callable[[], nn.Module]]:
+    """The models, none of them built yet."""
+    gpt2 = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": tokens, "vocab_size": VOCABULARY}
+    gpt2 |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0) | {"bos_token_id": 0, "eos_token_id": None}
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    sizes |= {"max_position_embeddings": tokens, "vocab_size": VOCABULARY}
+    llama = {"intermediate_size": 8 * width // 3, "bos_token_id": 0, "eos_token_id": None}
+    rezero = {"position_embedding_type": "learned", "resweight_init": 0.1, "eos_token_id": None}
+    return {
+        "GPT-2": lambda: GPT2LMHeadModel(GPT2Config(**gpt2)),
+        "GPT-2, fused gelu": lambda: GPT2LMHeadModel(GPT2Config(**gpt2, activation_function="gelu_pytorch_tanh")),
+        "Llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes, **llama)),
+        "nn.TransformerEncoder": lambda: TorchEncoder(layers, width, heads, tokens),
+        "ReZero, learned positions": lambda: ReZeroForCausalLM(ReZeroConfig(**sizes, **rezero)),
+        "ReZero": lambda: ReZeroForCausalLM(ReZeroConfig(**sizes | rezero | {"position_embedding_type": "rotary"})),
+        "ReZero, relu": lambda: ReZeroForCausalLM(ReZeroConfig(**sizes, **rezero, hidden_act="relu")),
+    }
+
+
+def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """(B, T, V)."""
+    return model(ids) if isinstance(model, TorchEncoder) else model(ids, use_cache=False).logits
+
+
+def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Next-token cross-entropy."""
+    return nn.functional.cross_entropy(logits_of(model, ids)[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def training_step(model: nn.Module, ids: torch.Tensor, bf16: bool) -> Callable[[], None]:
+    """Forward, backward and a step of fused AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+            loss = loss_of(model, ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def inference(model: nn.Module, ids: torch.Tensor, measure: str) -> Callable[[], None]:
+    """A forward pass over all tokens or one, or 32 new tokens one at a time behind a prompt of 16."""
+    model.eval()
+    if isinstance(model, ReZeroForCausalLM):
+        fold_resweight_(model)
+    if measure == "generate":
+        options = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
+        return lambda: model.generate(ids[:, :16], attention_mask=torch.ones_like(ids[:, :16]), **options)
+    inputs = ids[:, :1] if measure == "one_token" else ids
+    return torch.inference_mode()(lambda: logits_of(model, inputs))
+
+
+def saved_activations(model: nn.Module, ids: torch.Tensor, layers: int, width: int) -> float:
+    """Numbers kept for the backward pass, for each token, layer and unit of width."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(model, ids)
+    assert loss.requires_grad
+    return sum(kept.values()) / 4 / (ids.numel() * layers * width)
+
+
+def measure(case: str, name: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds and speed against GPT-2 of every arm, or what each saves."""
+    layers, width, heads, tokens, batch, small_batch = CASES[case]
+    models, ids = builders(layers, width, heads, tokens), torch.randint(0, 256, (batch, tokens))
+    if name == "saved":
+        kept = {arm: saved_activations(build(), ids, layers, width) for arm, build in models.items()}
+        return {arm: {"saved": round(value, 2)} for arm, value in kept.items()}
+    if name == "generate":
+        del models["nn.TransformerEncoder"]
+    if name.startswith("train"):
+        steps = {arm: training_step(build(), ids, name == "train_bf16") for arm, build in models.items()}
+    else:
+        rows = ids[: 1 if name in ("one_token", "generate") else small_batch]
+        steps = {arm: inference(build(), rows, name) for arm, build in models.items()}
+    times = {arm: [] for arm in steps}
+    for _ in range(rounds + 1):
+        for arm, step in steps.items():
+            start = time.process_time()
+            step()
+            times[arm].append(time.process_time() - start)
+    first = times["GPT-2"][1:]
+    speeds = {arm: median(a / b for a, b in zip(first, taken[1:], strict=True)) for arm, taken in times.items()}
+    return {arm: {"ms": round(1000 * median(times[arm][1:]), 2), "speed": round(speeds[arm], 3)} for arm in times}
+
+
+def main() -> None:
+    """Measure what the result file lacks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=MEASURES)
+    parser.add_argument("--output", type=Path, default=RESULTS / "model_speed.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = read_json(args.output) or {"results": {}}
+    for case in args.cases:
+        for name in args.measures:
+            found = results["results"].setdefault(case, {})
+            if name not in found:
+                torch.manual_seed(0)
+                found[name] = measure(case, name, args.rounds)
+                write_json(args.output, results | {"provenance": provenance()})
+            print(
+                case, name, {arm: row.get("speed", row.get("saved")) for arm, row in found[name].items()}, flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What makes the text models fast and small must not change what they compute."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_rezero import ReZeroConfig, ReZeroForCausalLM
+from hf_rezero.models.rezero import modeling_rezero
+from hf_rezero.models.rezero.modeling_rezero import ScaledLinear, batched_matmul_attention, scaled_linear
+
+
+def model_of(**values):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 64}
+    return ReZeroForCausalLM(ReZeroConfig(**sizes | {"resweight_init": 0.3} | values))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_scaled_linear_has_the_gradients_of_scale_times_linear_twice(bias):
+    shapes = [(2, 3, 4), (5, 4), *([(5,)] if bias else []), (1,)]
+    x, weight, *rest = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+
+    def run(x, weight, *rest):
+        return ScaledLinear.apply(x, weight, rest[0] if bias else None, rest[-1])
+
+    expected = rest[-1] * nn.functional.linear(x, weight, rest[0] if bias else None)
+    torch.testing.assert_close(run(x, weight, *rest), expected)
+    assert torch.autograd.gradcheck(run, (x, weight, *rest))
+    assert torch.autograd.gradgradcheck(run, (x, weight, *rest))
+
+
+def test_a_watched_layer_and_a_layer_of_another_class_run_as_they_are():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x, scale, watched = torch.randn(3, 4), torch.tensor([0.5]), nn.Linear(4, 5)
+    watched.register_forward_hook(lambda module, args, output: output + 1)
+    for layer in (watched, Doubled(4, 5)):
+        torch.testing.assert_close(scaled_linear(layer, x, scale), 0.5 * layer(x))
+
+
+@pytest.mark.parametrize(("values", "bound"), [({}, 14.2), ({"hidden_act": "relu"}, 10.2)])
+def test_numbers_saved_for_the_backward_pass(values, bound):
+    model = model_of(num_hidden_layers=16, **values)
+    ids = torch.randint(0, 256, (8, 64))
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() / 4
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model.model(ids).last_hidden_state
+    assert output.requires_grad and sum(kept.values()) / (ids.numel() * 32 * 16) < bound + 0.2
+
+
+@pytest.mark.parametrize("kind", ["causal", "full", "padded"])
+def test_batched_matmul_attention_is_that_of_sdpa(kind):
+    module = model_of(is_causal=kind == "causal").model.layers[0].self_attn
+    query, key, value = torch.randn(3, 2, 4, 10, 8).unbind()
+    mask = None
+    if kind == "padded":
+        mask = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()
+        mask[1, :, :, :3] = False
+        mask[1, :, :3, 0] = True
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=kind == "causal")
+    found, _ = batched_matmul_attention(module, query, key, value, mask, scaling=8**-0.5)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+def test_batched_matmul_attention_trains_in_bfloat16_on_a_cpu_only(monkeypatch):
+    calls = []
+    attention = modeling_rezero.batched_matmul_attention
+    spy = lambda *args, **kwargs: calls.append(1) or attention(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(modeling_rezero, "batched_matmul_attention", spy)
+    model, ids = model_of(), torch.randint(0, 256, (2, 16))
+    loss = model(ids, labels=ids).loss
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(ids)
+    assert not calls
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(ids, labels=ids).loss
+    assert len(calls) == 4
+    torch.testing.assert_close(rounded, loss, rtol=0.02, atol=0)
+
+
+def test_one_compilation_serves_all_layers():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model, ids, counter = model_of(num_hidden_layers=12), torch.randint(0, 256, (2, 16)), CompileCounter()
+    expected = model(ids, labels=ids, use_cache=False).loss
+    for layer in model.model.layers:
+        layer.compile(backend=counter)
+    torch.testing.assert_close(model(ids, labels=ids, use_cache=False).loss, expected)
+    assert counter.frame_count == 1

@@ -1,0 +1,124 @@
+"""The reproductions of the paper's tables and the benchmark of the models: each script in small, and their parts."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import SCRIPTS
+
+
+sys.path.append(str(SCRIPTS / "reproduce"))
+
+import byte_lm
+import convergence
+import depth
+import model_speed
+
+
+@pytest.fixture
+def words(tmp_path):
+    text = np.random.default_rng(0).integers(97, 105, 20_000).astype(np.uint8).tobytes()
+    (tmp_path / "text.txt").write_bytes(text)
+    sizes = {"steps": 100, "hidden_size": 16, "num_attention_heads": 2, "block_size": 16, "windows": 16, "seeds": 1}
+    paths = {"train_file": tmp_path / "text.txt", "figure": tmp_path / "a.png", "output": tmp_path / "out.json"}
+    return [word for name, value in (sizes | paths).items() for word in (f"--{name}", str(value))]
+
+
+def run(module, monkeypatch, words, *more):
+    monkeypatch.setattr(sys, "argv", ["script.py", *words, *map(str, more)])
+    module.main()
+    return json.loads(Path(words[words.index("--output") + 1]).read_text())
+
+
+def test_every_rule_trains_and_is_timed(words, monkeypatch):
+    results = run(convergence, monkeypatch, words, "--layers", 2, "--learning_rates", 0.003, "--rounds", 2)
+    assert set(results["best"]) == set(results["step_seconds"]) == set(convergence.ARMS)
+    assert results["best"]["ReZero, w = 0"]["mean"] < 4 and all(
+        best["mean"] > 2.9 for best in results["best"].values()
+    )
+
+
+def test_depths_are_compared_and_a_second_run_has_nothing_to_do(words, monkeypatch):
+    results = run(depth, monkeypatch, words, "--depths", 2, 3, "--learning_rates", 0.003)
+    assert set(results["best"]) == {f"{layers} {rule}" for layers in (2, 3) for rule in depth.RULES}
+    monkeypatch.setattr(depth, "train", None)
+    assert run(depth, monkeypatch, words, "--depths", 2, 3, "--learning_rates", 0.003)["runs"] == results["runs"]
+
+
+def test_a_killed_run_goes_on_to_the_same_result(words, monkeypatch, tmp_path):
+    more = [
+        "--layers",
+        2,
+        "--learning_rates",
+        0.003,
+        "--rounds",
+        0,
+        "--arms",
+        "ReZero, w = 0",
+        "--checkpoint_steps",
+        20,
+    ]
+    expected = run(convergence, monkeypatch, words, *more)
+    (tmp_path / "out.json").unlink()
+    real, steps = byte_lm.step, []
+    monkeypatch.setattr(byte_lm, "step", lambda *args: (steps.append(1), real(*args))[1] if len(steps) < 50 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(convergence, monkeypatch, words, *more)
+    steps.clear()
+    monkeypatch.setattr(byte_lm, "step", lambda *args: (steps.append(1), real(*args))[1])
+    found = run(convergence, monkeypatch, words, *more)
+    assert len(steps) == 60 and not (tmp_path / "out.pt").exists()
+    (a,), (b,) = expected["runs"].values(), found["runs"].values()
+    assert a["test"] == b["test"] and [loss for *_, loss in a["curve"]] == [loss for *_, loss in b["curve"]]
+
+
+def test_the_rate_is_found_down_the_ladder():
+    tried = []
+    losses = dict(zip((1, 2, 3, 4, 5, 6), (9, 4, 5, 6, 7, 8), strict=True))
+    assert byte_lm.walk_down(list(losses), lambda rate: tried.append(rate) or losses[rate]) == 2
+    assert set(tried) == {1, 2, 3, 4, 5}
+    assert byte_lm.walk_down([0.1], lambda rate: float("inf")) == 0.1
+
+
+def test_steps_to_a_loss_are_those_of_the_running_mean():
+    curve = [[0, 0, loss] for loss in (5, 5, 4, 4, 4, 3, 3, 2)]
+    assert convergence.steps_to(curve, 4.4) == 50 and convergence.steps_to(curve, 3.2) == 80
+    assert convergence.steps_to(curve, 1.0) is None
+    assert depth.speed_up({"curve": curve}, {"curve": [c for c in curve for _ in range(2)]}, 4.0) == pytest.approx(
+        1.5, 0.2
+    )
+
+
+def test_models_of_equal_dimensions_are_measured_against_the_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(model_speed.CASES, "128 x 64", (2, 16, 2, 64, 2, 1))
+    words = ["--output", str(tmp_path / "o.json"), "--rounds", 2, "--cases", "128 x 64"]
+    results = run(model_speed, monkeypatch, list(map(str, words)))["results"]["128 x 64"]
+    assert set(results) == set(model_speed.MEASURES)
+    assert all(results[name]["GPT-2"]["speed"] == 1 for name in model_speed.MEASURES[:-1])
+    saved = {arm: row["saved"] for arm, row in results["saved"].items()}
+    assert saved["ReZero, relu"] < saved["ReZero"] < saved["GPT-2, fused gelu"] < saved["GPT-2"]
+
+
+def test_the_models_of_the_benchmark_have_the_same_products():
+    """Equal dimensions: the weights that multiply activations, per layer, are those of GPT-2 or within 1 %."""
+    models = {name: build() for name, build in model_speed.builders(2, 96, 2, 16).items()}
+    sizes = {
+        name: sum(p.numel() for p in m.parameters() if p.ndim == 2 and 264 not in p.shape)
+        for name, m in models.items()
+    }
+    sizes = {name: size - (16 * 96 if name not in ("Llama", "ReZero") else 0) for name, size in sizes.items()}
+    assert all(size == pytest.approx(sizes["GPT-2"], rel=0.01) for size in sizes.values()), sizes
+
+
+def test_bfloat16_and_compiled_layers_train(words, monkeypatch):
+    more = ["--layers", 2, "--learning_rates", 0.003, "--rounds", 0, "--arms", "ReZero, w = 0", "--bf16"]
+    results = run(convergence, monkeypatch, words, *more)
+    assert 2.9 < results["best"]["ReZero, w = 0"]["mean"] < 4
+    args = argparse.Namespace(hidden_size=16, num_attention_heads=2, block_size=16, device="cpu", compile=True)
+    model = byte_lm.build_model({}, 3, args)
+    assert all(layer._compiled_call_impl is not None for layer in model.model.layers)
+    assert isinstance(model, torch.nn.Module)
