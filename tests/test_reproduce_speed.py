@@ -17,6 +17,9 @@ import byte_lm
 import convergence
 import depth
 import model_speed
+import training_profile
+
+from hf_rezero import ReZeroTrainer
 
 
 @pytest.fixture
@@ -122,3 +125,17 @@ def test_bfloat16_and_compiled_layers_train(words, monkeypatch):
     model = byte_lm.build_model({}, 3, args)
     assert all(layer._compiled_call_impl is not None for layer in model.model.layers)
     assert isinstance(model, torch.nn.Module)
+
+
+def test_the_parts_of_a_run_are_measured(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_bytes(b"abcdefgh" * 4000)
+    config = {"config_overrides": "hidden_size=16,num_hidden_layers=2,num_attention_heads=2", "block_size": 16}
+    config |= {"per_device_train_batch_size": 4, "max_steps": 100, "save_steps": 50, "use_cpu": True}
+    config |= {"do_train": True, "do_eval": True, "do_predict": True, "output_dir": "unused"}
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    words = ["--train_file", str(tmp_path / "text.txt"), "--config", str(tmp_path / "run.json"), "--steps", "6"]
+    methods = {name: getattr(ReZeroTrainer, name) for name in training_profile.PARTS}
+    results = run(training_profile, monkeypatch, [*words, "--output", str(tmp_path / "o.json")])
+    assert {name: getattr(ReZeroTrainer, name) for name in methods} == methods
+    assert sum(results["shares"].values()) == pytest.approx(1, abs=1e-3) and min(results["shares"].values()) > 0
+    assert set(results["median_seconds"]) == set(training_profile.PARTS.values())

@@ -220,6 +220,31 @@ def fold_speed(results: dict) -> list[list[str]]:
     return [*rows, *([c, f"{r['ratio']:.2f}", f"{r['difference']:.0e}"] for c, r in results["results"].items())]
 
 
+def model_speed(results: dict) -> list[list[str]]:
+    """One row for each measure at each size, one column for each model."""
+    names = {
+        "train": "training step, fp32",
+        "train_bf16": "training step, bf16",
+        "infer": "inference",
+        "one_token": "inference, 1 token",
+        "generate": "32 tokens, one at a time",
+        "saved": "saved numbers / (tokens x layers x width)",
+    }
+    arms = list(next(iter(results["results"].values()))["train"])
+    rows = [["speed against GPT-2 in transformers", *arms]]
+    for name, label in names.items():
+        for case, found in ((case, found) for case, found in results["results"].items() if name in found):
+            values = [found[name].get(arm, {}).get("saved" if name == "saved" else "speed") for arm in arms]
+            rows.append([f"{label}: {case}", *("" if value is None else f"{value:.2f}" for value in values)])
+    return rows
+
+
+def training_profile(results: dict) -> list[list[str]]:
+    """One row: the shares of the parts."""
+    shares = results["shares"]
+    return [["part of a run of 5,000 steps", *shares], ["12 x 192", *(f"{share:.2%}" for share in shares.values())]]
+
+
 def growing(results: dict) -> list[list[str]]:
     """One row for each way to spend the same layer passes."""
     return _byte_models(results, "layers")
@@ -274,6 +299,8 @@ TABLES = {
         norm_variants,
         jacobian,
         fold_speed,
+        model_speed,
+        training_profile,
     )
 }
 

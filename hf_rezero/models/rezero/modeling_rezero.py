@@ -99,7 +99,8 @@ def scaled_linear(linear: nn.Module, x: torch.Tensor, scale: torch.Tensor | None
     """scale * linear(x), or linear(x) without a scale; adapters, quantised, sharded and observed layers run as they are."""
     if scale is None:
         return linear(x)
-    if type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks:
+    is_plain = type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
+    if is_plain and torch.is_grad_enabled():
         return ScaledLinear.apply(x, linear.weight, linear.bias, scale)
     output = linear(x)
     return output * scale.to(output.dtype)
