@@ -267,6 +267,7 @@ def said_by(error: BaseException) -> str:
 
 
 def is_network(error: BaseException) -> bool:
+    """Whether the connection failed, and not what was asked over it."""
     # huggingface_hub 1 raises the errors of httpx, 2 those of httpx2; neither is a dependency of ours
     return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(
         ("httpx", "httpcore")

@@ -54,7 +54,7 @@ def test_numbers_saved_for_the_backward_pass(values, bound):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model.model(ids).last_hidden_state
-    assert output.requires_grad and sum(kept.values()) / (ids.numel() * 32 * 16) < bound + 0.2
+    assert output.requires_grad and sum(kept.values()) / (ids.numel() * 32 * 16) < bound
 
 
 @pytest.mark.parametrize("kind", ["causal", "full", "padded"])

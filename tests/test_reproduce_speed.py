@@ -91,9 +91,6 @@ def test_steps_to_a_loss_are_those_of_the_running_mean():
     curve = [[0, 0, loss] for loss in (5, 5, 4, 4, 4, 3, 3, 2)]
     assert convergence.steps_to(curve, 4.4) == 50 and convergence.steps_to(curve, 3.2) == 80
     assert convergence.steps_to(curve, 1.0) is None
-    assert depth.speed_up({"curve": curve}, {"curve": [c for c in curve for _ in range(2)]}, 4.0) == pytest.approx(
-        1.5, 0.2
-    )
 
 
 def test_models_of_equal_dimensions_are_measured_against_the_first(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@
 
 The second line is the paper's model, for a GPU. All arms see the same batches; each goes to its best learning rate, down a
 ladder on seed 0, then runs the other seeds (Bachlechner et al. 2020, section 5). A loss is the mean of 50 training steps, in
-bits per byte; no text is seen twice. Seconds are steps times the median of step times that were taken in turn.
+bits per byte; at the default sizes no text is seen twice. Seconds are steps times the median of step times that were taken in turn.
 """
 
 import argparse
@@ -73,6 +73,12 @@ def runs_of(results: dict, arm: str) -> list[dict]:
     ]
 
 
+def mean_curve(results: dict, arm: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps and smoothed loss, the mean of the seeds at the best learning rate; None where all of them diverged."""
+    curves = [smooth(run["curve"]) for run in runs_of(results, arm) if len(run["curve"]) > 5]
+    return (curves[0][0], np.mean([losses for _, losses in curves], axis=0)) if curves else None
+
+
 def step_seconds(arms: list[str], args: argparse.Namespace, rounds: int) -> dict[str, float]:
     """Median time of one training step of each arm, taken in turn."""
     models = {arm: build_model(config_of(arm, args.layers, args), args.layers, args) for arm in arms}
@@ -91,10 +97,8 @@ def draw(results: dict, path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for place, arm in enumerate(results["best"]):
-        curves = [smooth(run["curve"]) for run in runs_of(results, arm) if len(run["curve"]) > 5]
-        if curves:
-            losses = np.mean([losses for _, losses in curves], axis=0)
-            axes.plot(curves[0][0], losses, f"C{place % 10}", linestyle="-" if place < 10 else "--", label=arm)
+        if curve := mean_curve(results, arm):
+            axes.plot(*curve, f"C{place % 10}", linestyle="-" if place < 10 else "--", label=arm)
     axes.set(xlabel="step", ylabel="training bits per byte, mean of 50 steps", ylim=(None, 5.2))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

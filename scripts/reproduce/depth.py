@@ -4,16 +4,15 @@
     python scripts/reproduce/depth.py --train_file enwik8.zip --hidden_size 256 --block_size 512 --batch_size 64 --steps 20000 \
         --bf16 --compile --checkpoint_steps 1000 --output enwik8_depth.json
 
-The second line is the paper's model, for a GPU. Learning rates, seeds, losses and seconds are those of `convergence.py`
-(Bachlechner et al. 2020, section 5). How much faster ReZero is: the steps of pre-norm to a loss, over those of ReZero.
+The second line is the paper's model, for a GPU. Learning rates, seeds and losses are those of `convergence.py`
+(Bachlechner et al. 2020, section 5).
 """
 
 import argparse
 from pathlib import Path
 
-import numpy as np
 from byte_lm import add_arguments, run_grid, train
-from convergence import ARMS, LADDER, config_of, runs_of, smooth, steps_to
+from convergence import ARMS, LADDER, config_of, mean_curve
 from matplotlib.figure import Figure
 from record import FIGURES, RESULTS
 
@@ -29,12 +28,6 @@ RULES = [
 ]
 
 
-def speed_up(fast: dict, slow: dict, loss: float) -> float | None:
-    """Steps of the slow run to the loss over those of the fast one, None if one of them never gets there."""
-    steps = [steps_to(run["curve"], loss) for run in (slow, fast)]
-    return None if None in steps else round(steps[0] / steps[1], 2)
-
-
 def draw(results: dict, path: Path) -> None:
     """Training loss by step, a panel for each depth."""
     depths = sorted({int(arm.split()[0]) for arm in results["best"]})
@@ -42,10 +35,9 @@ def draw(results: dict, path: Path) -> None:
     panels = figure.subplots(1, len(depths), sharey=True, squeeze=False)[0]
     for depth, axes in zip(depths, panels, strict=True):
         for color, rule in enumerate(RULES):
-            runs = runs_of(results, f"{depth} {rule}") if f"{depth} {rule}" in results["best"] else []
-            curves = [smooth(run["curve"]) for run in runs if len(run["curve"]) > 5]
-            if curves:
-                axes.plot(curves[0][0], np.mean([losses for _, losses in curves], axis=0), f"C{color}", label=rule)
+            arm = f"{depth} {rule}"
+            if arm in results["best"] and (curve := mean_curve(results, arm)):
+                axes.plot(*curve, f"C{color}", label=rule)
         axes.set(title=f"{depth} layers", xlabel="step", ylim=(None, 5.2))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("training bits per byte, mean of 50 steps")

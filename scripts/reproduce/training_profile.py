@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -37,29 +38,22 @@ PARTS = {
 @contextmanager
 def stopwatches() -> Iterator[dict[str, list[float]]]:
     """Seconds of every call of the methods in `PARTS`."""
-    seconds, originals = defaultdict(list), {name: getattr(ReZeroTrainer, name) for name in PARTS}
+    seconds = defaultdict(list)
 
     def timed(name):
+        method = getattr(ReZeroTrainer, name)
+
         def call(*args, **kwargs):
             start = time.perf_counter()
             try:
-                return originals[name](*args, **kwargs)
+                return method(*args, **kwargs)
             finally:
                 seconds[PARTS[name]].append(time.perf_counter() - start)
 
         return call
 
-    own = {name: vars(ReZeroTrainer).get(name) for name in PARTS}
-    for name in PARTS:
-        setattr(ReZeroTrainer, name, timed(name))
-    try:
+    with patch.multiple(ReZeroTrainer, **{name: timed(name) for name in PARTS}):
         yield seconds
-    finally:
-        for name, method in own.items():
-            if method is None:
-                delattr(ReZeroTrainer, name)
-            else:
-                setattr(ReZeroTrainer, name, method)
 
 
 def shares(seconds: dict[str, list[float]], runtime: float, steps: int, settings: dict) -> dict[str, float]:

@@ -219,7 +219,7 @@ def batched_matmul_attention(
 
 
 def flash_backward_is_slow(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """On a CPU in bf16: there plain products take a third of the time, at the price of the weights, T x S per head."""
+    """Whether plain products train faster, in bf16 on a CPU, at the price of keeping the weights, T x S per head."""
     is_training = query.requires_grad and torch.is_grad_enabled()
     return is_training and query.dtype == torch.bfloat16 and query.device.type == "cpu" and key.shape[2] <= 512
 
