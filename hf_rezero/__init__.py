@@ -31,7 +31,7 @@ from .models.rezero_mlp.configuration_rezero_mlp import ReZeroMLPConfig
 from .models.rezero_mlp.modeling_rezero_mlp import ReZeroMLPForImageClassification, ReZeroMLPModel
 from .models.rezero_resnet.configuration_rezero_resnet import ReZeroResNetConfig
 from .models.rezero_resnet.modeling_rezero_resnet import ReZeroResNetForImageClassification, ReZeroResNetModel
-from .optim import LAMB, LARS, RAdam, Ranger, RangerLARS, centralize_gradients, lookahead, param_groups
+from .optim import LAMB, LARS, Muon, RAdam, Ranger, RangerLARS, centralize_gradients, lookahead, param_groups
 from .tokenization import byte_tokenizer
 from .trainer import ReZeroTrainer, ReZeroTrainingArguments
 from .trainer_gradinit import GradInitConfig
@@ -63,6 +63,7 @@ __all__ = [
     "LAMB",
     "LARS",
     "GradInitConfig",
+    "Muon",
     "PruningConfig",
     "RAdam",
     "RZTXDecoderLayer",

@@ -39,7 +39,7 @@ class ReZeroTrainingArguments(TrainingArguments):
     """`TrainingArguments` with more optimizers, a learning rate for the residual weights, and defaults that suit them.
 
     `optim` is `[gc+][lookahead+|snoo+]NAME`: any name that transformers knows, or radam, ranger, lars, larc,
-    ranger_lars, lamb. `optim_args` is `name=value,...` with tuples allowed, for the optimizer of that name;
+    ranger_lars, lamb, muon. `optim_args` is `name=value,...` with tuples allowed, for the optimizer of that name;
     `lookahead_k`, `lookahead_alpha`, `lookahead_momentum`, `lookahead_evaluate_slow` and `gc_conv_only` are for the
     prefixes. Our own optimizers keep their own betas and eps unless `adam_beta1`, `adam_beta2` or `adam_epsilon`
     differ from the defaults of transformers or `optim_args` names them.
@@ -56,8 +56,8 @@ class ReZeroTrainingArguments(TrainingArguments):
     optim: str = field(
         default=TrainingArguments.__dataclass_fields__["optim"].default,
         metadata={
-            "help": "[gc+][lookahead+ or snoo+]NAME, where NAME is radam, ranger, lars, larc, ranger_lars, lamb, or any "
-            "optimizer that transformers knows."
+            "help": "[gc+][lookahead+ or snoo+]NAME, where NAME is radam, ranger, lars, larc, ranger_lars, lamb, muon, or "
+            "any optimizer that transformers knows."
         },
     )
     resweight_learning_rate: float | None = field(

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from hf_rezero.optim import LAMB, LARS, RAdam, Ranger, RangerLARS, centralize_gradients, lookahead
+from hf_rezero.optim import LAMB, LARS, Muon, RAdam, Ranger, RangerLARS, centralize_gradients, lookahead
 
 
 def centralized(g, output_dim=0):
@@ -197,13 +197,14 @@ EVERY = {
     "larc": lambda params, lr=0.01: LARS(params, lr=lr, trust_coefficient=0.02, clip=True, nesterov=True),
     "ranger_lars": lambda params, lr=0.01: RangerLARS(params, lr=lr, weight_decay=0.1),
     "lamb": lambda params, lr=0.01: LAMB(params, lr=lr, weight_decay=0.1),
+    "muon": lambda params, lr=0.01: Muon(params, lr=lr, weight_decay=0.1),
     "lookahead+adamw_fused": lambda params, lr=0.01: lookahead(torch.optim.AdamW(params, lr=lr, fused=True)),
     "lookahead+adamw_foreach": lambda params, lr=0.01: lookahead(torch.optim.AdamW(params, lr=lr, foreach=True)),
     "lookahead+sgd": lambda params, lr=0.01: lookahead(torch.optim.SGD(params, lr=lr, momentum=0.9)),
     "lookahead+adafactor": lambda params, lr=0.01: lookahead(torch.optim.Adafactor(params, lr=lr)),
-    "lookahead+muon": lambda params, lr=0.01: lookahead(torch.optim.Muon(matrices(params), lr=lr)),
+    "lookahead+torch_muon": lambda params, lr=0.01: lookahead(torch.optim.Muon(matrices(params), lr=lr)),
     "snoo+adamw": lambda params, lr=0.01: lookahead(torch.optim.AdamW(params, lr=lr), k=3, alpha=0.7, momentum=0.5),
-    "snoo+muon": lambda params, lr=0.01: lookahead(torch.optim.Muon(matrices(params), lr=lr), k=3, momentum=0.5),
+    "snoo+torch_muon": lambda params, lr=0.01: lookahead(torch.optim.Muon(matrices(params), lr=lr), k=3, momentum=0.5),
     "gc+sgd": lambda params, lr=0.01: centralize_gradients(torch.optim.SGD(params, lr=lr)),
     "gc+lookahead+radam": lambda params, lr=0.01: lookahead(centralize_gradients(RAdam(params, lr=lr)), k=6),
 }

@@ -85,6 +85,7 @@ def test_public_names_are_pinned():
         "LAMB",
         "LARS",
         "GradInitConfig",
+        "Muon",
         "PruningConfig",
         "RAdam",
         "RZTXDecoderLayer",

@@ -17,6 +17,7 @@ NAMES = {
     "larc": (0.3, 1e-2, "trust_coefficient=0.1"),
     "ranger_lars": (5.0, 1e-2, None),
     "lamb": (3e-2, 1e-2, None),
+    "muon": (3e-2, 1e-2, None),
     "lookahead+adamw": (2e-2, 1e-3, "fused=True"),
     "gc+lookahead+sgd": (0.3, 1e-2, "momentum=0.9,nesterov=True,lookahead_alpha=0.8"),
     "snoo+adamw": (3e-2, 1e-3, "lookahead_k=3"),

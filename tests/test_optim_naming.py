@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_rezero import LAMB, LARS, RAdam, Ranger, RangerLARS
+from hf_rezero import LAMB, LARS, Muon, RAdam, Ranger, RangerLARS
 from hf_rezero.optim.naming import BASES, FIXED, OUTER, parse_arguments, parse_name, split_arguments, wrap
 
 
@@ -126,5 +126,6 @@ def test_bases():
         "larc": LARS,
         "ranger_lars": RangerLARS,
         "lamb": LAMB,
+        "muon": Muon,
     }
     assert FIXED == {"larc": {"clip": True}} and set(OUTER) == {"lookahead", "snoo"}

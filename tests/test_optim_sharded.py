@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch import distributed as dist
 from torch import nn
 
-from hf_rezero import LAMB, LARS, RAdam, Ranger, RangerLARS, centralize_gradients, lookahead, param_groups
+from hf_rezero import LAMB, LARS, Muon, RAdam, Ranger, RangerLARS, centralize_gradients, lookahead, param_groups
 
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -23,6 +23,7 @@ SHARDED = {
     "larc, nesterov": lambda groups: LARS(groups, lr=0.1, trust_coefficient=0.1, clip=True, nesterov=True),
     "ranger_lars": lambda groups: RangerLARS(groups, lr=0.1, k=4),
     "lamb": lambda groups: LAMB(groups, lr=0.02),
+    "muon": lambda groups: Muon(groups, lr=0.02),
     "lookahead+adamw fused": lambda groups: lookahead(torch.optim.AdamW(groups, lr=0.01, fused=True), k=4),
     "snoo+adamw": lambda groups: lookahead(torch.optim.AdamW(groups, lr=0.01, foreach=True), k=4, momentum=0.5),
     "gc+sgd": lambda groups: centralize_gradients(torch.optim.SGD(groups, lr=0.1, momentum=0.9)),
@@ -110,7 +111,7 @@ def ignored_parameters():
     """A group with sharded and plain tensors."""
     from torch.distributed.fsdp import fully_shard
 
-    for make in (Ranger, LARS, LAMB):
+    for make in (Ranger, LARS, LAMB, Muon):
         torch.manual_seed(0)
         model = Small()
         fully_shard(model, ignored_params={model.down.weight})
@@ -146,7 +147,7 @@ def fsdp1():
     alone, _ = dist.new_subgroups(group_size=1)
     for use_orig_params in (False, True):
         model = FSDP(Small(), alone, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
-        makers = {"Ranger": Ranger, "RangerLARS": RangerLARS, "LARS": LARS, "LAMB": LAMB}
+        makers = {"Ranger": Ranger, "RangerLARS": RangerLARS, "LARS": LARS, "LAMB": LAMB, "Muon": Muon}
         makers["gradient centralisation"] = lambda p, lr: centralize_gradients(torch.optim.SGD(p, lr=lr))
         for technique, make in makers.items():
             with pytest.raises(ValueError, match=f"{technique} needs whole weight matrices.*FSDP2"):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -15,8 +16,10 @@ sys.path.append(str(SCRIPTS / "reproduce"))
 
 import byte_lm
 import convergence
+import curves
 import depth
 import model_speed
+import recipe
 import training_profile
 
 from hf_rezero import ReZeroTrainer
@@ -52,6 +55,25 @@ def test_depths_are_compared_and_a_second_run_has_nothing_to_do(words, monkeypat
     assert run(depth, monkeypatch, words, "--depths", 2, 3, "--learning_rates", 0.003)["runs"] == results["runs"]
 
 
+def test_the_recipe_is_compared_in_equal_time_and_its_rates_are_used_again(words, monkeypatch, tmp_path):
+    words = (
+        words[2 : words.index("--figure")] + words[words.index("--figure") + 2 :]
+    )  # its runs have seconds, and no figure
+    more = ["--layers", 2, "--seconds", 0.5, "--rounds", 2, "--arms", *list(recipe.ARMS)[::2]]
+    results = run(recipe, monkeypatch, words, *more)
+    assert set(results["best"]) == set(results["step_seconds"]) == set(list(recipe.ARMS)[::2])
+    for arm, seconds in results["step_seconds"].items():
+        runs = {key: found["steps"] for key, found in results["runs"].items() if key.startswith(arm)}
+        assert len(runs) >= 3 and set(runs.values()) == {math.ceil(0.5 / seconds)}
+    again = run(
+        recipe, monkeypatch, words, *more, "--rates_of", tmp_path / "out.json", "--output", tmp_path / "b.json"
+    )
+    assert again == results  # `run` reads the first file, which stays as it is
+    second = json.loads((tmp_path / "b.json").read_text())
+    assert len(second["runs"]) == 3
+    assert all(best["learning_rate"] == results["best"][arm]["learning_rate"] for arm, best in second["best"].items())
+
+
 def test_a_killed_run_goes_on_to_the_same_result(words, monkeypatch, tmp_path):
     more = [
         "--layers",
@@ -82,15 +104,15 @@ def test_a_killed_run_goes_on_to_the_same_result(words, monkeypatch, tmp_path):
 def test_the_rate_is_found_down_the_ladder():
     tried = []
     losses = dict(zip((1, 2, 3, 4, 5, 6), (9, 4, 5, 6, 7, 8), strict=True))
-    assert byte_lm.walk_down(list(losses), lambda rate: tried.append(rate) or losses[rate]) == 2
+    assert byte_lm.walk_down(list(losses), lambda rate: tried.append(rate) or losses[rate], start=4) == 2
     assert set(tried) == {1, 2, 3, 4, 5}
-    assert byte_lm.walk_down([0.1], lambda rate: float("inf")) == 0.1
+    assert byte_lm.walk_down([0.1], lambda rate: float("inf"), start=3e-3) == 0.1
 
 
 def test_steps_to_a_loss_are_those_of_the_running_mean():
     curve = [[0, 0, loss] for loss in (5, 5, 4, 4, 4, 3, 3, 2)]
-    assert convergence.steps_to(curve, 4.4) == 50 and convergence.steps_to(curve, 3.2) == 80
-    assert convergence.steps_to(curve, 1.0) is None
+    assert curves.steps_to(curve, 4.4) == 50 and curves.steps_to(curve, 3.2) == 80
+    assert curves.steps_to(curve, 1.0) is None
 
 
 def test_models_of_equal_dimensions_are_measured_against_the_first(tmp_path, monkeypatch):

@@ -37,6 +37,8 @@ NAMES = {
     "larc": (3e-2, "trust_coefficient=0.1"),
     "ranger_lars": (1e-1, None),
     "lamb": (3e-2, None),
+    "muon": (1e-2, "momentum=0.9,num_iterations=4"),
+    "lookahead+muon": (1e-2, "lookahead_k=4"),
     "lookahead+adamw_torch_fused": (1e-2, "lookahead_k=4"),
     "gc+lookahead+sgd": (0.3, "momentum=0.9,lookahead_alpha=0.8,nesterov=True"),
     "snoo+adamw_torch": (1e-2, "lookahead_k=6"),
@@ -153,7 +155,7 @@ def test_arguments_survive_json_pickle_replace_and_the_command_line(arguments):
     [
         (
             {"optim": "rangr"},
-            r"'rangr' came: expected \[gc\+\].* radam, ranger, lars, larc, ranger_lars, lamb, adamw_torch",
+            r"'rangr' came: expected \[gc\+\].* radam, ranger, lars, larc, ranger_lars, lamb, muon, adamw_torch",
         ),
         ({"optim": "lookahead+gc+sgd"}, "'lookahead\\+gc\\+sgd' came: expected"),
         ({"optim": "gc+ranger"}, "ranger is Lookahead with centralised gradients already"),
@@ -178,6 +180,7 @@ def test_deepspeed_is_refused_where_it_would_change_the_optimizer(make_config, a
         ("ranger", True),
         ("gc+sgd", True),
         ("lamb", True),
+        ("muon", True),
         ("radam", False),
         ("lookahead+sgd", False),
     ):

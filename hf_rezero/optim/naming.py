@@ -9,6 +9,7 @@ from .centralization import centralize_gradients
 from .lamb import LAMB
 from .lars import LARS
 from .lookahead import lookahead
+from .muon import Muon
 from .radam import RAdam
 from .ranger import Ranger
 from .ranger_lars import RangerLARS
@@ -21,6 +22,7 @@ BASES = {
     "larc": LARS,
     "ranger_lars": RangerLARS,
     "lamb": LAMB,
+    "muon": Muon,
 }
 FIXED = {"larc": {"clip": True}}
 OUTER = {

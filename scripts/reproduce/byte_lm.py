@@ -4,11 +4,13 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import numpy as np
 import torch
+from curves import STRIDE
 from record import provenance, read_json, write_json
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,7 +21,6 @@ from hf_rezero.data import ByteDataset, collate_bytes, evaluation_windows
 
 
 PLAIN = {"resweight_init": 1.0, "resweight_trainable": False}
-STRIDE = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser, **defaults) -> None:
@@ -48,6 +49,11 @@ def build_model(config: dict, layers: int, args: argparse.Namespace) -> nn.Modul
     return model
 
 
+def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """The optimizer of all comparisons that are not about optimizers."""
+    return torch.optim.AdamW(param_groups(model, weight_decay=0.1), rate, betas=(0.9, 0.95), fused=True)
+
+
 def train(
     config: dict,
     stages: Sequence[tuple[int, int]],
@@ -55,15 +61,16 @@ def train(
     seed: int,
     args: argparse.Namespace,
     warmup: float = 0,
+    make_optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] = adamw,
 ) -> dict:
     """Train through stages of (layers, steps), grown from one to the next, and score the test text.
 
-    AdamW, gradients clipped to 1; the learning rate rises over the share `warmup` of the layer passes and falls to 0 over
+    Gradients are clipped to 1; the learning rate rises over the share `warmup` of the layer passes and falls to 0 over
     their last 30 %. `curve` has layer passes, seconds and the mean training loss of every `STRIDE` steps in bits per byte.
     """
     torch.manual_seed(seed)
     model = build_model(config, stages[0][0], args)
-    optimizer = torch.optim.AdamW(param_groups(model, weight_decay=0.1), rate, betas=(0.9, 0.95), fused=True)
+    optimizer = make_optimizer(model, rate)
     depths = [layers for layers, steps in stages for _ in range(steps)]
     ends, total, depth = np.cumsum(depths), sum(depths), depths[0]
     saved, run = read_checkpoint(args), {"curve": [], "seconds": 0.0}
@@ -126,6 +133,17 @@ def step(
     return loss.detach()
 
 
+def step_seconds(made: dict[str, tuple], args: argparse.Namespace, rounds: int) -> dict[str, float]:
+    """Median time of one training step of each (model, optimizer), taken in turn."""
+    times = {name: [] for name in made}
+    for rows in row_batches(args, rounds + 1, seed=0):
+        for name, (model, optimizer) in made.items():
+            start = time.perf_counter()
+            step(model, optimizer, rows, args).item()
+            times[name].append(time.perf_counter() - start)
+    return {name: median(values[1:]) for name, values in times.items()}
+
+
 def forward(model: nn.Module, batch: dict[str, torch.Tensor], args: argparse.Namespace):
     """The output of the model for a batch, on the device and in the precision of `args`."""
     batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
@@ -154,18 +172,27 @@ def evaluate(model: nn.Module, args: argparse.Namespace) -> float:
     return total / count / math.log(2)
 
 
-def run_grid(
-    arms: dict[str, Callable[[float, int], dict]], rates: Sequence[float], args: argparse.Namespace, walk: bool = False
-) -> dict:
-    """Each arm over the learning rates on seed 0, then at its best one on the other seeds; goes on where it stopped.
-
-    With `walk` an arm starts at the middle rate and goes to the better neighbour while there is one.
-    """
+def load_text(args: argparse.Namespace) -> None:
+    """Give `args` the corpus and its windows."""
     torch.set_num_threads(args.threads)
     args.corpus = load_corpus(args.train_file)
     args.dataset = ByteDataset(args.corpus.train, args.block_size)
+
+
+def run_grid(
+    arms: dict[str, Callable[[float, int], dict]],
+    rates: Sequence[float],
+    args: argparse.Namespace,
+    start: Callable[[str, dict], float] | None = None,
+) -> dict:
+    """Each arm over the learning rates on seed 0, then at its best one on the other seeds; goes on where it stopped.
+
+    With `start`, which is given the arm and the best rates so far, an arm goes from there to the better neighbour while
+    there is one.
+    """
+    load_text(args)
     results = read_json(args.output) or {"runs": {}, "best": {}}
-    hidden = ("corpus", "dataset", "output", "figure", "train_file", "key")
+    hidden = ("corpus", "dataset", "output", "figure", "train_file", "key", "rates_of")
     results["settings"] = {name: value for name, value in vars(args).items() if name not in hidden}
     results["settings"]["corpus"] = Path(args.train_file).name
 
@@ -179,7 +206,8 @@ def run_grid(
         return results["runs"][key]["test"]
 
     for arm in arms:
-        best = (walk_down if walk else min)(rates, key=lambda rate: run(arm, rate, 0))
+        by_rate = partial(run, arm, seed=0)
+        best = walk_down(rates, by_rate, start(arm, results["best"])) if start else min(rates, key=by_rate)
         tests = [run(arm, best, seed) for seed in range(args.seeds)]
         results["best"][arm] = {"learning_rate": best, "test": tests, "mean": round(mean(tests), 4)}
         write_json(args.output, results)
@@ -187,9 +215,9 @@ def run_grid(
     return results
 
 
-def walk_down(rates: Sequence[float], key: Callable[[float], float]) -> float:
-    """A rate whose neighbours are no better, found from the middle one: the best of all where `key` has one minimum."""
-    place = len(rates) // 2
+def walk_down(rates: Sequence[float], key: Callable[[float], float], start: float) -> float:
+    """A rate whose neighbours are no better, found from the one next to `start`: the best where `key` has one minimum."""
+    place = min(range(len(rates)), key=lambda i: abs(math.log(rates[i] / start)))
     while True:
         near = [i for i in (place, place - 1, place + 1) if 0 <= i < len(rates)]
         best = min(near, key=lambda i: key(rates[i]))

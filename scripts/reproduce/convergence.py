@@ -10,17 +10,13 @@ bits per byte; at the default sizes no text is seen twice. Seconds are steps tim
 """
 
 import argparse
-import time
 from pathlib import Path
-from statistics import median
 
-import numpy as np
-import torch
-from byte_lm import PLAIN, STRIDE, add_arguments, build_model, row_batches, run_grid, step, train
+from byte_lm import PLAIN, adamw, add_arguments, build_model, run_grid, step_seconds, train
+from curves import mean_curve, runs_of, steps_to
 from matplotlib.figure import Figure
 from record import FIGURES, RESULTS, write_json
 
-from hf_rezero import param_groups
 from hf_rezero.plots import save_figure
 
 
@@ -44,52 +40,13 @@ ARMS = {
     "Llama + warmup": ({"model_type": "llama", "intermediate_size": "8/3 D"}, WARMUP),
 }
 LADDER = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+START = 3e-3
 
 
 def config_of(arm: str, layers: int, args: argparse.Namespace) -> dict:
     """The config of an arm with the values that depend on its size."""
     values = {"1/sqrt(2L)": (2 * layers) ** -0.5, "8/3 D": 8 * args.hidden_size // 3}
     return {name: values.get(value, value) for name, value in ARMS[arm][0].items()}
-
-
-def smooth(curve: list, window: int = 5) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and the mean loss of the `window` records that end there."""
-    losses = np.array([loss for *_, loss in curve])
-    kernel = np.ones(window) / window
-    return STRIDE * np.arange(window, len(losses) + 1), np.convolve(losses, kernel, mode="valid")
-
-
-def steps_to(curve: list, target: float) -> int | None:
-    """The first step at which the smoothed loss is at the target, None if it never is."""
-    steps, losses = smooth(curve)
-    return int(steps[np.argmax(losses <= target)]) if (losses <= target).any() else None
-
-
-def runs_of(results: dict, arm: str) -> list[dict]:
-    """The runs of all seeds at the best learning rate."""
-    best = results["best"][arm]
-    return [
-        results["runs"][f"{arm} | lr={best['learning_rate']:g} | seed={seed}"] for seed in range(len(best["test"]))
-    ]
-
-
-def mean_curve(results: dict, arm: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Steps and smoothed loss, the mean of the seeds at the best learning rate; None where all of them diverged."""
-    curves = [smooth(run["curve"]) for run in runs_of(results, arm) if len(run["curve"]) > 5]
-    return (curves[0][0], np.mean([losses for _, losses in curves], axis=0)) if curves else None
-
-
-def step_seconds(arms: list[str], args: argparse.Namespace, rounds: int) -> dict[str, float]:
-    """Median time of one training step of each arm, taken in turn."""
-    models = {arm: build_model(config_of(arm, args.layers, args), args.layers, args) for arm in arms}
-    optimizers = {arm: torch.optim.AdamW(param_groups(model), 1e-5, fused=True) for arm, model in models.items()}
-    times = {arm: [] for arm in arms}
-    for rows in row_batches(args, rounds + 1, seed=0):
-        for arm in arms:
-            start = time.perf_counter()
-            step(models[arm], optimizers[arm], rows, args).item()
-            times[arm].append(time.perf_counter() - start)
-    return {arm: median(values[1:]) for arm, values in times.items()}
 
 
 def draw(results: dict, path: Path) -> None:
@@ -122,9 +79,11 @@ def main() -> None:
         )
         for arm in args.arms
     }
-    results = run_grid(arms, args.learning_rates, args, walk=True)
+    results = run_grid(arms, args.learning_rates, args, lambda arm, best: START)
     if args.rounds:
-        results["step_seconds"] = step_seconds(args.arms, args, args.rounds)
+        made = {arm: build_model(config_of(arm, args.layers, args), args.layers, args) for arm in args.arms}
+        made = {arm: (model, adamw(model, rate=1e-5)) for arm, model in made.items()}
+        results["step_seconds"] = step_seconds(made, args, args.rounds)
     write_json(args.output, results)
     draw(results, args.figure)
     for arm in args.arms:

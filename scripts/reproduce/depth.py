@@ -12,7 +12,8 @@ import argparse
 from pathlib import Path
 
 from byte_lm import add_arguments, run_grid, train
-from convergence import ARMS, LADDER, config_of, mean_curve
+from convergence import ARMS, LADDER, START, config_of
+from curves import mean_curve
 from matplotlib.figure import Figure
 from record import FIGURES, RESULTS
 
@@ -59,8 +60,13 @@ def main() -> None:
         config, warmup = config_of(rule, depth, args), ARMS[rule][1]
         return lambda rate, seed: train(config, [(depth, args.steps)], rate, seed, args, warmup)
 
+    def start(name: str, best: dict) -> float:
+        depth, rule = name.split(maxsplit=1)
+        known = [best[f"{less} {rule}"]["learning_rate"] for less in args.depths if less < int(depth)]
+        return known[-1] if known else START
+
     arms = {f"{depth} {rule}": arm(depth, rule) for depth in args.depths for rule in RULES}
-    results = run_grid(arms, args.learning_rates, args, walk=True)
+    results = run_grid(arms, args.learning_rates, args, start)
     draw(results, args.figure)
     for name, best in results["best"].items():
         print(f"{name:30s} {best}")

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from statistics import fmean
 
+from curves import runs_of, steps_to
 from record import RESULTS, read_json
 
 
@@ -245,6 +246,31 @@ def training_profile(results: dict) -> list[list[str]]:
     return [["part of a run of 5,000 steps", *shares], ["12 x 192", *(f"{share:.2%}" for share in shares.values())]]
 
 
+def convergence(results: dict) -> list[list[str]]:
+    """One row for each rule: test loss, steps to the targets, and the time of a step."""
+    rows = _steps_to_losses(results, "12 layers x 64", (4.0, 3.5, 3.0))
+    return [[*row, ms] for row, ms in zip(rows, ["ms a step", *_step_times(results)], strict=True)]
+
+
+def _step_times(results: dict) -> list[str]:
+    return [f"{1000 * results['step_seconds'][arm]:.0f}" for arm in results["best"]]
+
+
+def depth(results: dict) -> list[list[str]]:
+    """One row for each depth and rule."""
+    return _steps_to_losses(results, "layers x 64", (4.0, 3.6, 3.3))
+
+
+def _steps_to_losses(results: dict, head: str, targets: tuple[float, ...]) -> list[list[str]]:
+    rows = [[*row] for row in _byte_models(results, head)]
+    rows[0] += [f"steps to {target} bpb" for target in targets]
+    for row, arm in zip(rows[1:], results["best"], strict=True):
+        for target in targets:
+            steps = [steps_to(run["curve"], target) for run in runs_of(results, arm)]
+            row.append("not reached" if None in steps else f"{fmean(steps):.0f}")
+    return rows
+
+
 def growing(results: dict) -> list[list[str]]:
     """One row for each way to spend the same layer passes."""
     return _byte_models(results, "layers")
@@ -301,6 +327,8 @@ TABLES = {
         fold_speed,
         model_speed,
         training_profile,
+        convergence,
+        depth,
     )
 }
 

@@ -1,0 +1,143 @@
+"""Muon: momentum with orthogonal steps for the weights of layers, AdamW for everything else."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from .adamw import adam_state, adamw_
+from .buckets import buckets, evaluate, gradients, refuse_flat_shards
+from .radam import check_hyperparameters
+
+
+# of the quintic a x + b x^3 + c x^5 that lifts small singular values fastest (Jordan et al. 2024)
+COEFFICIENTS = 3.4445, -4.7750, 2.0315
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """U V^T, roughly, of each matrix U S V^T in (n, rows, columns): its singular values go to between 0.7 and 1.2.
+
+    Newton-Schulz iteration x <- a x + (b x x^T + c (x x^T)^2) x in bf16, all matrices in one product.
+
+    Example:
+        >>> sigma = torch.linalg.svdvals(orthogonalize(torch.randn(2, 8, 32)).float())
+        >>> bool((sigma > 0.5).all() and (sigma < 1.5).all())
+        True
+    """
+    a, b, c = COEFFICIENTS
+    x = matrices.bfloat16()
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+class Muon(Optimizer):
+    """Muon (Jordan et al. 2024) for weights of linear and convolution layers, AdamW for the other parameters.
+
+    m <- momentum m + g;  p <- (1 - lr wd) p - 0.2 lr sqrt(max(rows, columns)) orthogonalize(g + momentum m)
+
+    The factor gives the step the root mean square of one of AdamW (Liu et al. 2025, arXiv:2502.16982, section 2.2), so
+    that both take the same learning rate. Equal to `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` on the matrices, which
+    does not take anything else. Embeddings, norms, biases and residual weights go to AdamW; so does every parameter
+    of a group whose `output_dim` is None.
+
+    Args:
+        params: Parameters, or better the groups of `param_groups`, which know what is a weight of a layer.
+        lr: Learning rate.
+        momentum: Decay of the sum of gradients.
+        betas: Of AdamW.
+        eps: Of AdamW.
+        weight_decay: Decoupled: p shrinks by lr * weight_decay in every step.
+        num_iterations: Of Newton-Schulz; fewer are cheaper and less orthogonal.
+        fused: False for the foreach path of AdamW; None takes the fused kernel wherever torch has one.
+
+    Raises:
+        ValueError: A hyper-parameter is out of its range, or FSDP1 or DeepSpeed has flattened the parameters.
+
+    Example:
+        >>> from hf_rezero import ReZero, param_groups
+        >>> model = ReZero(torch.nn.Linear(3, 3))
+        >>> optimizer = Muon(param_groups(model, weight_decay=0.1), lr=3e-3)
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        num_iterations: int = 5,
+        fused: bool | None = None,
+    ):
+        check_hyperparameters(lr, betas, eps, weight_decay)
+        if not 0 <= momentum < 1 or num_iterations < 1:
+            raise ValueError(
+                f"momentum={momentum}, num_iterations={num_iterations} came: expected a momentum in [0, 1) and at "
+                f"least one iteration."
+            )
+        adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused}
+        super().__init__(params, adam | {"momentum": momentum, "num_iterations": num_iterations})
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group, after a look at whether its tensors have kept their shapes."""
+        super().add_param_group(param_group)
+        refuse_flat_shards(self.param_groups[-1]["params"], type(self).__name__)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every parameter that has a gradient; returns the loss of the closure."""
+        loss = evaluate(closure)
+        for group in self.param_groups:
+            output_dim = group.get("output_dim", 0)
+            new_state = adam_state if output_dim is None else muon_state
+            for step, params in buckets(group, self.state, new_state):
+                grads, states = gradients(params), [self.state[p] for p in params]
+                if output_dim is not None and params[0].ndim >= 2:
+                    muon_(params, grads, states, group, output_dim)
+                else:
+                    options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "fused")}
+                    adamw_(params, grads, states, step=step, **options)
+        return loss
+
+
+def muon_state(p: Tensor) -> dict:
+    """A momentum of zero for a weight, the state of AdamW for a vector."""
+    return {"step": 0, "momentum_buffer": torch.zeros_like(p)} if p.ndim >= 2 else adam_state(p)
+
+
+def muon_(params: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, output_dim: int) -> None:
+    """One step of Muon on a list of weights, those of one shape together."""
+    lr, momentum = group["lr"], group["momentum"]
+    buffers = [state["momentum_buffer"] for state in states]
+    torch._foreach_lerp_(buffers, grads, 1 - momentum)
+    torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    by_shape = defaultdict(list)
+    for p, update in zip(params, torch._foreach_lerp(grads, buffers, momentum), strict=True):
+        by_shape[p.shape].append((p, update))
+    for pairs in by_shape.values():
+        turned = [whole(update).transpose(0, output_dim) for _, update in pairs]  # (outputs, ...)
+        steps = orthogonalize(torch.stack([u.flatten(1) for u in turned]), group["num_iterations"])
+        factor = 0.2 * lr * max(steps.shape[1:]) ** 0.5
+        for (p, _), u, step in zip(pairs, turned, steps, strict=True):
+            p.sub_(as_sharded(step.reshape(u.shape).transpose(0, output_dim).to(p.dtype), p), alpha=factor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, gathered if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of the tensor where `like` is sharded."""
+    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor

@@ -1,0 +1,33 @@
+"""What the training curves of `byte_lm` say: losses without their noise, and the steps to a loss."""
+
+import numpy as np
+
+
+STRIDE = 10  # steps between two records of a curve
+
+
+def smooth(curve: list, window: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and the mean loss of the `window` records that end there."""
+    losses = np.array([loss for *_, loss in curve])
+    kernel = np.ones(window) / window
+    return STRIDE * np.arange(window, len(losses) + 1), np.convolve(losses, kernel, mode="valid")
+
+
+def steps_to(curve: list, target: float) -> int | None:
+    """The first step at which the smoothed loss is at the target, None if it never is."""
+    steps, losses = smooth(curve)
+    return int(steps[np.argmax(losses <= target)]) if (losses <= target).any() else None
+
+
+def runs_of(results: dict, arm: str) -> list[dict]:
+    """The runs of all seeds at the best learning rate."""
+    best = results["best"][arm]
+    return [
+        results["runs"][f"{arm} | lr={best['learning_rate']:g} | seed={seed}"] for seed in range(len(best["test"]))
+    ]
+
+
+def mean_curve(results: dict, arm: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps and smoothed loss, the mean of the seeds at the best learning rate; None where all of them diverged."""
+    curves = [smooth(run["curve"]) for run in runs_of(results, arm) if len(run["curve"]) > 5]
+    return (curves[0][0], np.mean([losses for _, losses in curves], axis=0)) if curves else None
