@@ -22,9 +22,9 @@ from hf_rezero.plots import save_figure
 
 RULES = [
     "ReZero, w = 0",
-    "ReZero, w = 1/sqrt(2L)",
-    "pre-norm + warmup",
     "pre-norm, x + cF(N(x)), + warmup",
+    "pre-norm + warmup",
+    "ReZero, w = 1/sqrt(2L)",
     "post-norm + warmup",
 ]
 

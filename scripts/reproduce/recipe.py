@@ -13,29 +13,30 @@ import math
 from pathlib import Path
 
 import torch
-from byte_lm import PLAIN, adamw, add_arguments, build_model, load_text, run_grid, step_seconds, train
+from byte_lm import adamw, add_arguments, build_model, load_text, run_grid, step_seconds, train
 from record import RESULTS, read_json, write_json
 from torch import nn
 
-from hf_rezero import Muon, param_groups
+from hf_rezero import Muon, lookahead, param_groups
 
 
 LADDER = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 
 
 def muon(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """Muon for the layers, AdamW for the rest, with the decay and betas of `adamw`."""
-    return Muon(param_groups(model, weight_decay=0.1), rate, betas=(0.9, 0.95))
+    """Lookahead around Muon, with the decay and betas of `adamw`."""
+    return lookahead(Muon(param_groups(model, weight_decay=0.1), rate, betas=(0.9, 0.95)), k=5, alpha=0.5)
 
 
+START = {muon: 1e-2, adamw: 3e-3}
 GPT2 = {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 # config, share of warmup, optimizer; c is 1/sqrt(2L)
 ARMS = {
     "recipe: x + w F(N(x)), Muon": ({"norm_position": "pre"}, 0, muon),
+    "pre-norm x + c F(N(x)), Muon": ({"norm_position": "pre", "resweight_trainable": False}, 0, muon),
     "ReZero x + w F(x), Muon": ({}, 0, muon),
     "ReZero x + w F(x), AdamW": ({}, 0, adamw),
     "pre-norm x + c F(N(x)), AdamW, warmup": ({"norm_position": "pre", "resweight_trainable": False}, 0.1, adamw),
-    "pre-norm x + F(N(x)), AdamW, warmup": ({"norm_position": "pre", **PLAIN}, 0.1, adamw),
     "GPT-2, AdamW, warmup": (GPT2, 0.1, adamw),
 }
 
@@ -51,7 +52,7 @@ def main() -> None:
     """Time the steps, run the comparison, write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, hidden_size=256, num_attention_heads=2, block_size=256, batch_size=8, seeds=1, layers=6)
-    parser.add_argument("--seconds", type=float, default=150.0, help="of training, for each run")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of training, for each run")
     parser.add_argument("--rounds", type=int, default=15, help="of step times")
     parser.add_argument("--learning_rates", nargs="+", type=float, default=LADDER)
     parser.add_argument(
@@ -79,7 +80,7 @@ def main() -> None:
             return train(config, stages, rate, seed, args, warmup, optimizer) | {"steps": stages[0][1]}
 
         rates = [known[arm]["learning_rate"]] if known else args.learning_rates
-        best = run_grid({arm: run}, rates, args, lambda arm, best: 3e-3)["best"][arm]
+        best = run_grid({arm: run}, rates, args, lambda *_, start=START[optimizer]: start)["best"][arm]
         print(f"{arm:40s} {steps[arm]} steps, lr {best['learning_rate']:g}, test {best['mean']}", flush=True)
 
 

@@ -14,7 +14,15 @@ README = Path(__file__).parent.parent.parent / "README.md"
 
 def enwik8_prefix(results: dict) -> list[list[str]]:
     """One row for each arm."""
-    rows = [["12 layers x 192", "validation bpb", "test bpb", "training loss, last 500 steps (bpb)", "minutes"]]
+    rows = [
+        [
+            "12 layers x 192, or as named",
+            "validation bpb",
+            "test bpb",
+            "training loss, last 500 steps (bpb)",
+            "minutes",
+        ]
+    ]
     for arm, run in results["runs"].items():
         tail = [nats for step, nats in run["curve_nats"] if step > run["curve_nats"][-1][0] - 500]
         loss = sum(tail) / len(tail) / math.log(2)
@@ -258,7 +266,8 @@ def _step_times(results: dict) -> list[str]:
 
 def depth(results: dict) -> list[list[str]]:
     """One row for each depth and rule."""
-    return _steps_to_losses(results, "layers x 64", (4.0, 3.6, 3.3))
+    by_depth = dict(sorted(results["best"].items(), key=lambda item: int(item[0].split()[0])))
+    return _steps_to_losses(results | {"best": by_depth}, "layers x 64", (4.5, 4.0, 3.6, 3.5))
 
 
 def _steps_to_losses(results: dict, head: str, targets: tuple[float, ...]) -> list[list[str]]:
@@ -268,6 +277,47 @@ def _steps_to_losses(results: dict, head: str, targets: tuple[float, ...]) -> li
         for target in targets:
             steps = [steps_to(run["curve"], target) for run in runs_of(results, arm)]
             row.append("not reached" if None in steps else f"{fmean(steps):.0f}")
+    return rows
+
+
+def recipe(results: dict) -> list[list[str]]:
+    """One row for each arm on both corpora: what as many seconds are enough for."""
+    articles = read_json(RESULTS / "recipe_articles.json")
+    seconds = results["settings"]["seconds"]
+    rows = [
+        [
+            f"6 layers x 256, {seconds:.0f} s",
+            "best lr",
+            "steps",
+            "enwik8, first 4.15 MB: test bpb",
+            "articles: test bpb",
+        ]
+    ]
+    for arm, best in results["best"].items():
+        steps = next(run["steps"] for key, run in results["runs"].items() if key.startswith(f"{arm} |"))
+        found = f"{articles['best'][arm]['mean']:.3f}"
+        rows.append([arm, f"{best['learning_rate']:g}", f"{steps}", f"{best['mean']:.3f}", found])
+    return rows
+
+
+def norm_gap(results: dict) -> list[list[str]]:
+    """One row for each change."""
+    rows = [
+        [
+            "12 layers x 64, 2,000 steps",
+            "lr",
+            "training bpb, last 200 steps",
+            "test bpb",
+            "stream, rms",
+            "largest logit",
+            "mean |w|",
+        ]
+    ]
+    for arm, best in results["best"].items():
+        (run,) = runs_of(results, arm)
+        loss = fmean(record[-1] for record in run["curve"][-20:])
+        sizes = (f"{run[name]:.{digits}f}" for name, digits in (("stream", 2), ("logit", 1), ("resweight", 3)))
+        rows.append([arm, f"{best['learning_rate']:g}", f"{loss:.3f}", f"{best['mean']:.3f}", *sizes])
     return rows
 
 
@@ -329,6 +379,8 @@ TABLES = {
         training_profile,
         convergence,
         depth,
+        recipe,
+        norm_gap,
     )
 }
 
