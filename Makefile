@@ -41,6 +41,7 @@ style: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Result files -> the tables of the README.
+# Result files -> the tables and figures of the README.
 tables: install
 	$(BIN)/python scripts/reproduce/tables.py
+	$(BIN)/python scripts/reproduce/figures.py

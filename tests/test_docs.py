@@ -33,6 +33,17 @@ def test_tables_of_the_readme_come_from_the_result_files():
     assert tables.render(text) == text, "run `make tables`"
 
 
+def test_figures_of_the_readme_are_drawn_from_the_result_files(tmp_path):
+    sys.path.insert(0, str(ROOT / "scripts" / "reproduce"))
+    import figures
+
+    assert set(re.findall(r"figures/(\w+)\.png", (ROOT / "README.md").read_text())) == set(figures.DRAWN)
+    for name in ("growing", "depth"):
+        source, draw = figures.DRAWN[name]
+        draw(figures.read_json(figures.RESULTS / f"{source}.json"), tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_the_docstrings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

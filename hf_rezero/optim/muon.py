@@ -40,17 +40,17 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(Optimizer):
     """Muon (Jordan et al. 2024) for weights of linear and convolution layers, AdamW for the other parameters.
 
-    m <- momentum m + g;  p <- (1 - lr wd) p - 0.2 lr sqrt(max(rows, columns)) orthogonalize(g + momentum m)
+    m <- mu m + (1 - mu) g;  p <- (1 - lr wd) p - 0.2 lr sqrt(max(rows, columns)) orthogonalize(mu m + (1 - mu) g)
 
     The factor gives the step the root mean square of one of AdamW (Liu et al. 2025, arXiv:2502.16982, section 2.2), so
-    that both take the same learning rate. Equal to `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` on the matrices, which
-    does not take anything else. Embeddings, norms, biases and residual weights go to AdamW; so does every parameter
-    of a group whose `output_dim` is None.
+    that both take the same learning rate. On matrices, and it takes nothing else, equal to `torch.optim.Muon` with
+    `adjust_lr_fn="match_rms_adamw"`. Embeddings, norms, biases and residual weights go to AdamW; so does every
+    parameter of a group whose `output_dim` is None.
 
     Args:
         params: Parameters, or better the groups of `param_groups`, which know what is a weight of a layer.
         lr: Learning rate.
-        momentum: Decay of the sum of gradients.
+        momentum: mu, the decay of the mean gradient.
         betas: Of AdamW.
         eps: Of AdamW.
         weight_decay: Decoupled: p shrinks by lr * weight_decay in every step.

@@ -84,7 +84,7 @@ def run_all(args: argparse.Namespace) -> dict:
     return results
 
 
-def draw(results: dict) -> None:
+def draw(results: dict, path: Path) -> None:
     """Smoothed curves of the best learning rate of each arm, one line per seed."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -99,7 +99,7 @@ def draw(results: dict) -> None:
     axes.set(xlabel="optimizer step, no warmup", ylabel="training bits per byte (10-step mean)", ylim=(3, 7))
     axes.set_title(f"{settings['layers']} layers x {settings['hidden_size']}, each at its best learning rate")
     axes.legend()
-    save_figure(figure, FIGURES / "deep_without_warmup.png")
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -120,7 +120,7 @@ def main() -> None:
     args.output = RESULTS / "deep_without_warmup.json"
     args.corpus = load_corpus(args.train_file)
     results = run_all(args)
-    draw(results)
+    draw(results, FIGURES / "deep_without_warmup.png")
     for arm, best in results["best"].items():
         print(f"{arm:10s} lr {best['learning_rate']:g}: {best['mean']:.3f} bits per byte, mean of {args.seeds} seeds")
 

@@ -55,18 +55,18 @@ def collect(folder: Path) -> dict:
     return {key: figures[key] for key in keys} | {"curve_nats": curve, "resweight_mean_abs": sizes[-1]}
 
 
-def draw(runs: dict) -> None:
+def draw(results: dict, path: Path) -> None:
     """Training loss of each arm in bits per byte, by the time on 2 cores."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for arm, result in runs.items():
+    for arm, result in results["runs"].items():
         steps, nats = zip(*result["curve_nats"], strict=True)
         minutes = [step / result["train_steps_per_second"] / 60 for step in steps]
         axes.plot(minutes, [x / math.log(2) for x in nats], label=f"{arm}: test {result['test_bpb']:.3f}", linewidth=1)
     axes.set(xlabel="minutes", ylabel="training bits per byte", ylim=(1.5, 3.5))
     axes.grid(alpha=0.3)
     axes.legend()
-    save_figure(figure, FIGURES / "enwik8_prefix.png")
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def main() -> None:
             run(ARMS[arm], folder, args.train_file)
         results["runs"][arm] = collect(folder)
         write_json(path, results | provenance())
-    draw(results["runs"])
+    draw(results, FIGURES / "enwik8_prefix.png")
 
 
 if __name__ == "__main__":

@@ -415,7 +415,7 @@ def panels(results: dict, figure_of: str) -> dict[str, dict[str, dict]]:
     return found
 
 
-def draw_variance(results: dict, folder: Path) -> None:
+def draw_variance(results: dict, path: Path) -> None:
     """Relative variance of the gradient by layer, before and after GradInit."""
     by_net = panels(results, "relative_variance")
     figure = Figure(figsize=(12, 7), layout="constrained")
@@ -424,10 +424,10 @@ def draw_variance(results: dict, folder: Path) -> None:
             axes.semilogy(list(values.values()), ".-", label=arm, linewidth=0.8)
         axes.set(title=name, xlabel="weight, from the input to the output", ylabel="gradient variance / mean squared")
         axes.legend()
-    save_figure(figure, folder / "gradinit_variance.png")
+    save_figure(figure, path)
 
 
-def draw_scales(results: dict, folder: Path) -> None:
+def draw_scales(results: dict, path: Path) -> None:
     """The factors that GradInit found: convolutions, BatchNorm weights by their place, the head."""
     by_net = panels(results, "scales")
     figure = Figure(figsize=(12, 7), layout="constrained")
@@ -440,7 +440,7 @@ def draw_scales(results: dict, folder: Path) -> None:
         axes.axhline(1, color="black", linewidth=0.5)
         axes.set(title=name, xlabel="tensor, from the input to the output", ylabel="scale found by GradInit")
         axes.legend(fontsize=8)
-    save_figure(figure, folder / "gradinit_scales.png")
+    save_figure(figure, path)
 
 
 # Of a tensor's name and whether it is the last one: layer 0 of a `convolution` is the filter, layer 1 the BatchNorm.
@@ -479,8 +479,8 @@ def main() -> None:
     results = run_all(args)
     results["table"] = table(results)
     write_json(args.output, results)
-    draw_variance(results, args.figures)
-    draw_scales(results, args.figures)
+    draw_variance(results, args.figures / "gradinit_variance.png")
+    draw_scales(results, args.figures / "gradinit_scales.png")
     for key, (first, best) in results["table"].items():
         print(f"{key:50s} first epoch {first:5.1f}, best {best:5.1f}")
 

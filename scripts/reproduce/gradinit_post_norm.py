@@ -156,7 +156,7 @@ def run_all(args: argparse.Namespace) -> dict:
     return results
 
 
-def draw(results: dict, folder: Path) -> None:
+def draw(results: dict, path: Path) -> None:
     """Smoothed curves at the best learning rate of each arm, and the final loss over the grid."""
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     curves, grid = figure.subplots(1, 2)
@@ -178,7 +178,7 @@ def draw(results: dict, folder: Path) -> None:
     curves.set(xlabel="optimizer step", title="each at its best learning rate, one line per seed")
     grid.set(xlabel="learning rate", title="last tenth of the steps, seed 0")
     figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    save_figure(figure, folder / "gradinit_post_norm.png")
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -202,7 +202,7 @@ def main() -> None:
     torch.set_num_threads(1)
     args.corpus = load_corpus(args.train_file)
     results = run_all(args)
-    draw(results, args.figures)
+    draw(results, args.figures / "gradinit_post_norm.png")
     for arm, best in results["best"].items():
         print(f"{arm:40s} lr {best['learning_rate']:<6g} {best['mean']:.3f} of {best['final_by_seed']}")
 

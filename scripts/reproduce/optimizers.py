@@ -416,7 +416,7 @@ def first_steps(args: argparse.Namespace, results: dict) -> None:
 # --- figures
 
 
-def draw(results: dict, folder: Path) -> None:
+def draw(results: dict, path: Path) -> None:
     """Training loss of every arm at its best learning rate, mean over the seeds."""
     names = [name for name in TASKS if name in results["best"]]
     figure = Figure(figsize=(15, 9.6), layout="constrained")
@@ -436,10 +436,10 @@ def draw(results: dict, folder: Path) -> None:
         axes.grid(alpha=0.3)
     lines = {line.get_label(): line for axes in panels for line in axes.lines}
     figure.legend(handles=[lines[arm] for arm in ARMS if arm in lines], loc="outside lower center", ncols=7)
-    save_figure(figure, folder / "optimizers.png")
+    save_figure(figure, path)
 
 
-def draw_first_steps(results: dict, folder: Path) -> None:
+def draw_first_steps(results: dict, path: Path) -> None:
     """Histograms of the gradients by step, as in the paper of RAdam, and the cosines between the twins."""
     studied = {key: record for key, record in results["first_steps"].items() if key.endswith("seed=0")}
     rates = list(dict.fromkeys(key.split(" | ")[1] for key in studied))
@@ -457,7 +457,7 @@ def draw_first_steps(results: dict, folder: Path) -> None:
         row[3].set(title="two runs on other batches", xlabel="optimizer step", ylabel="cosine of the ways gone")
         row[3].set_ylim(0, 1.4)
         row[3].legend(loc="upper right")
-    save_figure(figure, folder / "optimizers_gradient_distribution.png")
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -478,9 +478,9 @@ def main() -> None:
     torch.set_num_threads(1)
     results = run_all(args)
     first_steps(args, results)
-    draw(results, args.figures)
+    draw(results, args.figures / "optimizers.png")
     if "first_steps" in results:
-        draw_first_steps(results, args.figures)
+        draw_first_steps(results, args.figures / "optimizers_gradient_distribution.png")
     for name, arms in results["best"].items():
         for arm, best in arms.items():
             values = ", ".join(f"{value:.3f}" for value in best["test"])

@@ -494,7 +494,7 @@ def gap(curves: dict[str, np.ndarray], a: str, b: str, data: type[Images] | type
 # --- figure
 
 
-def draw(results: dict, folder: Path) -> None:
+def draw(results: dict, path: Path) -> None:
     """Quality against the fraction removed, one panel for each task; triangles are nets from scratch."""
     todo = results["tasks"]
     figure = Figure(figsize=(6 * len(todo), 5.2), layout="constrained")
@@ -512,7 +512,7 @@ def draw(results: dict, folder: Path) -> None:
         axes.set(title=task["title"], xlabel="weights removed, %", ylabel=task["unit"])
         axes.grid(alpha=0.3)
     figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=6)
-    save_figure(figure, folder / "pruning_curve.png")
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -540,7 +540,7 @@ def main() -> None:
     for name, task in todo.items():
         results.setdefault("verdicts", {})[name] = verdicts(results, name, type(task.data))
     write_json(args.output, results)
-    draw(results, args.figures)
+    draw(results, args.figures / "pruning_curve.png")
     for name, found in results["verdicts"].items():
         for claim, verdict in found.items():
             print(name, "|", claim, "|", "held" if verdict["holds"] else "did not hold", "|", verdict)

@@ -1,0 +1,39 @@
+"""Result files -> the figures of the README, without any training."""
+
+import convergence
+import deep_without_warmup
+import depth
+import enwik8_prefix
+import fully_connected
+import gradinit_images
+import gradinit_post_norm
+import growing
+import jacobian
+import optimizers
+import pruning_curve
+import resnets
+from record import FIGURES, RESULTS, read_json
+
+
+# figure -> its result file, and what draws it
+DRAWN = {
+    "enwik8_prefix": ("enwik8_prefix", enwik8_prefix.draw),
+    "convergence": ("convergence", convergence.draw),
+    "depth": ("depth", depth.draw),
+    "deep_without_warmup": ("deep_without_warmup", deep_without_warmup.draw),
+    "optimizers": ("optimizers", optimizers.draw),
+    "optimizers_gradient_distribution": ("optimizers", optimizers.draw_first_steps),
+    "gradinit_post_norm": ("gradinit_post_norm", gradinit_post_norm.draw),
+    "gradinit_variance": ("gradinit_images", gradinit_images.draw_variance),
+    "gradinit_scales": ("gradinit_images", gradinit_images.draw_scales),
+    "fully_connected": ("fully_connected", fully_connected.draw),
+    "resnets": ("resnets", resnets.draw),
+    "growing": ("growing", growing.draw),
+    "jacobian": ("jacobian", jacobian.draw),
+    "pruning_curve": ("pruning_curve", pruning_curve.draw),
+}
+
+
+if __name__ == "__main__":
+    for name, (source, draw) in DRAWN.items():
+        draw(read_json(RESULTS / f"{source}.json"), FIGURES / f"{name}.png")
