@@ -18,6 +18,7 @@ import byte_lm
 import convergence
 import curves
 import depth
+import import_time
 import model_speed
 import recipe
 import training_profile
@@ -99,6 +100,14 @@ def test_a_killed_run_goes_on_to_the_same_result(words, monkeypatch, tmp_path):
     assert len(steps) == 60 and not (tmp_path / "out.pt").exists()
     (a,), (b,) = expected["runs"].values(), found["runs"].values()
     assert a["test"] == b["test"] and [loss for *_, loss in a["curve"]] == [loss for *_, loss in b["curve"]]
+
+
+def test_imports_are_timed_in_fresh_processes(monkeypatch, tmp_path):
+    monkeypatch.setattr(import_time, "STATEMENTS", {"little": "import json", "more": "import time; time.sleep(0.2)"})
+    monkeypatch.setattr(sys, "argv", ["script.py", "--rounds", "1", "--output", str(tmp_path / "out.json")])
+    import_time.main()
+    found = json.loads((tmp_path / "out.json").read_text())["seconds"]
+    assert found["little"] < 0.2 <= found["more"]
 
 
 def test_the_rate_is_found_down_the_ladder():

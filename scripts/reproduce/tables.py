@@ -280,45 +280,9 @@ def _steps_to_losses(results: dict, head: str, targets: tuple[float, ...]) -> li
     return rows
 
 
-def recipe(results: dict) -> list[list[str]]:
-    """One row for each arm on both corpora: what as many seconds are enough for."""
-    articles = read_json(RESULTS / "recipe_articles.json")
-    seconds = results["settings"]["seconds"]
-    rows = [
-        [
-            f"6 layers x 256, {seconds:.0f} s",
-            "best lr",
-            "steps",
-            "enwik8, first 4.15 MB: test bpb",
-            "articles: test bpb",
-        ]
-    ]
-    for arm, best in results["best"].items():
-        steps = next(run["steps"] for key, run in results["runs"].items() if key.startswith(f"{arm} |"))
-        found = f"{articles['best'][arm]['mean']:.3f}"
-        rows.append([arm, f"{best['learning_rate']:g}", f"{steps}", f"{best['mean']:.3f}", found])
-    return rows
-
-
-def norm_gap(results: dict) -> list[list[str]]:
-    """One row for each change."""
-    rows = [
-        [
-            "12 layers x 64, 2,000 steps",
-            "lr",
-            "training bpb, last 200 steps",
-            "test bpb",
-            "stream, rms",
-            "largest logit",
-            "mean |w|",
-        ]
-    ]
-    for arm, best in results["best"].items():
-        (run,) = runs_of(results, arm)
-        loss = fmean(record[-1] for record in run["curve"][-20:])
-        sizes = (f"{run[name]:.{digits}f}" for name, digits in (("stream", 2), ("logit", 1), ("resweight", 3)))
-        rows.append([arm, f"{best['learning_rate']:g}", f"{loss:.3f}", f"{best['mean']:.3f}", *sizes])
-    return rows
+def import_time(results: dict) -> list[list[str]]:
+    """One row for each statement."""
+    return [["in a fresh process", "seconds"], *([name, f"{value:.2f}"] for name, value in results["seconds"].items())]
 
 
 def growing(results: dict) -> list[list[str]]:
@@ -377,10 +341,9 @@ TABLES = {
         fold_speed,
         model_speed,
         training_profile,
+        import_time,
         convergence,
         depth,
-        recipe,
-        norm_gap,
     )
 }
 
