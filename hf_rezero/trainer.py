@@ -161,6 +161,8 @@ class ReZeroTrainer(PushingTrainer, PruningTrainer):
     - Every evaluation of a causal language model gains `{prefix}_bpb`: the summed negative log-likelihood over
       ln 2 and over the number of predicted tokens. With one token per byte that is bits per byte. It is summed by
       sample, so it is exact for any batch size and number of processes, and no logits are kept.
+    - A model whose `forward` knows `skip_logits` trains without holding all logits at once; label smoothing and loss
+      functions of the caller get them still.
     - Label smoothing shifts the labels of every causal language model, not only of those that transformers lists.
     - Training logs gain `resweight_mean_abs` and `resweight_max_abs`.
     - A data set with `set_epoch` hears of each new epoch, also when its loader is sharded over processes.
@@ -201,7 +203,9 @@ class ReZeroTrainer(PushingTrainer, PruningTrainer):
         # the Trainer switches the cache off for training, and would write that into every config.json
         self._saved_use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model, *args, pruning=pruning, **kwargs)
-        self._is_causal_lm = _is_causal_lm(self.accelerator.unwrap_model(self.model))
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        self._is_causal_lm = _is_causal_lm(unwrapped)
+        self._skips_logits = "skip_logits" in inspect.signature(unwrapped.forward).parameters
         self._nll, self._predicted = 0.0, 0
         self.evaluated = {}  # the data behind each prefix of metrics
         self.gradinit, self.gradinit_report = gradinit or GradInitConfig.from_arguments(self.args), None
@@ -310,6 +314,12 @@ class ReZeroTrainer(PushingTrainer, PruningTrainer):
         self.state = state
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {})
+
+    def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
+        """One forward and backward pass, without the logits where the model can do without."""
+        if self._skips_logits:
+            inputs = {**inputs, "skip_logits": True}
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Predict one batch, adding its log-likelihood to the sums that give bits per byte."""

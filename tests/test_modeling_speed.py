@@ -1,5 +1,7 @@
 """What makes the text models fast and small must not change what they compute."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -97,3 +99,35 @@ def test_one_compilation_serves_all_layers():
         layer.compile(backend=counter)
     torch.testing.assert_close(model(ids, labels=ids, use_cache=False).loss, expected)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("chunk_size", [264, 5 * 264, 2**26])
+@pytest.mark.parametrize("num_items", [None, 11, torch.tensor(11)])
+def test_the_chunked_loss_has_the_value_and_the_gradients_of_the_whole_one(chunk_size, num_items, monkeypatch):
+    """One row, five rows, all rows at a time."""
+    chunked = partial(modeling_rezero.chunked_causal_lm_loss, chunk_size=chunk_size)
+    monkeypatch.setattr(modeling_rezero, "chunked_causal_lm_loss", chunked)
+    model, ids = model_of().double(), torch.randint(0, 256, (3, 7))
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
+    found = []
+    for skip_logits in (False, True):
+        model.zero_grad()
+        output = model(ids, labels=labels, skip_logits=skip_logits, num_items_in_batch=num_items)
+        assert (output.logits is None) == skip_logits
+        output.loss.backward()
+        found.append([output.loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for whole, chunk in zip(*found, strict=True):
+        torch.testing.assert_close(chunk, whole)
+
+
+def test_the_chunked_loss_keeps_no_logits():
+    lm_head, labels = nn.Linear(8, 1000), torch.randint(0, 1000, (4, 32))
+    hidden_states, sizes = torch.randn(4, 32, 8, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+        modeling_rezero.chunked_causal_lm_loss(lm_head, hidden_states, labels, chunk_size=16_000).backward()
+    assert sizes and max(sizes) <= 16_000 < 4 * 32 * 1000
+
+
+def test_logits_come_where_nothing_is_lost_by_them():
+    model, ids = model_of(), torch.randint(0, 256, (2, 5))
+    assert model(ids, skip_logits=True).logits.shape == (2, 5, 264)

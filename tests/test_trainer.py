@@ -141,6 +141,17 @@ def test_evaluation_keeps_no_logits_but_gives_them_to_compute_metrics(make_confi
     assert metrics["eval_seen"] == 1 and metrics["eval_bpb"] > 0
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_training_holds_no_logits_unless_something_reads_them(make_config, arguments, smoothing):
+    model, skipped = ReZeroForCausalLM(make_config()), []
+    model.register_forward_hook(lambda module, args, output: skipped.append(output.logits is None))
+    trainer = make_trainer(model, arguments(max_steps=2, save_strategy="no", label_smoothing_factor=smoothing))
+    trainer.train()
+    assert skipped == [smoothing == 0] * 2
+    trainer.evaluate()
+    assert not any(skipped[2:])
+
+
 def test_label_smoothing_predicts_the_next_byte(make_config, arguments):
     model = ReZeroForCausalLM(make_config())
     trainer = make_trainer(model, arguments(label_smoothing_factor=0.2))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
@@ -104,6 +105,35 @@ def scaled_linear(linear: nn.Module, x: torch.Tensor, scale: torch.Tensor | None
         return ScaledLinear.apply(x, linear.weight, linear.bias, scale)
     output = linear(x)
     return output * scale.to(output.dtype)
+
+
+def chunked_causal_lm_loss(
+    lm_head: nn.Module,
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    chunk_size: int = 2**26,
+    **kwargs,
+) -> torch.Tensor:
+    """Mean -log p of the next labels, which holds at most `chunk_size` logits at a time; the backward pass makes them anew.
+
+    hidden_states (B, T, D), labels (B, T) with -100 where nothing is to be predicted. Where all logits fit in one chunk
+    nothing is computed twice.
+    """
+    targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(hidden_states.device)
+    rows = hidden_states.flatten(0, 1)
+    rows_at_once = max(1, chunk_size // lm_head.out_features)
+
+    def nll(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(lm_head(rows).float(), targets, reduction="sum")
+
+    if len(rows) <= rows_at_once:
+        total = nll(rows, targets)
+    else:
+        parts = zip(rows.split(rows_at_once), targets.split(rows_at_once), strict=True)
+        total = torch.stack([checkpoint(nll, *part, use_reentrant=False) for part in parts]).sum()
+    count = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / (count.to(total.device) if torch.is_tensor(count) else count)
 
 
 def _make_norm(config: ReZeroConfig) -> nn.Module:
@@ -615,6 +645,9 @@ class ReZeroModel(ReZeroPreTrainedModel):
 class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):
     """Next-token prediction; `labels` (B, T) are the `input_ids`, shifted inside, -100 where no loss is wanted.
 
+    With `skip_logits` and labels the output has a loss and no logits: they are never held all at once, which matters
+    for large vocabularies.
+
     Example:
         >>> import torch
         >>> from hf_rezero import ReZeroConfig, ReZeroForCausalLM
@@ -657,6 +690,7 @@ class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithCrossAttentions:
         outputs = self.model(
@@ -670,9 +704,14 @@ class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = self.loss_function(logits, labels, self.vocab_size, **kwargs) if labels is not None else None
+        hidden_states, logits, loss = outputs.last_hidden_state, None, None
+        if skip_logits and labels is not None:
+            loss = chunked_causal_lm_loss(self.lm_head, hidden_states, labels, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+        if logits is not None and labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,
