@@ -20,6 +20,7 @@ import curves
 import depth
 import import_time
 import model_speed
+import norm_gap
 import recipe
 import training_profile
 
@@ -100,6 +101,15 @@ def test_a_killed_run_goes_on_to_the_same_result(words, monkeypatch, tmp_path):
     assert len(steps) == 60 and not (tmp_path / "out.pt").exists()
     (a,), (b,) = expected["runs"].values(), found["runs"].values()
     assert a["test"] == b["test"] and [loss for *_, loss in a["curve"]] == [loss for *_, loss in b["curve"]]
+
+
+def test_changes_to_rezero_are_compared_with_the_sizes_of_their_streams(words, monkeypatch):
+    words = words[: words.index("--figure")] + words[words.index("--figure") + 2 :]
+    arms = ["ReZero", "ReZero, rate of w x 0.1", "ReZero + pre-norm, x + wF(N(x))", "ReZero, bf16"]
+    runs = run(norm_gap, monkeypatch, words, "--layers", 2, "--arms", *arms)["runs"]
+    found = {key.split(" | ")[0]: values for key, values in runs.items()}
+    assert list(found) == arms and len({values["test"] for values in found.values()}) == 4
+    assert all(values["stream"] > 0.5 and values["logit"] > 1 for values in found.values())
 
 
 def test_imports_are_timed_in_fresh_processes(monkeypatch, tmp_path):

@@ -62,11 +62,13 @@ def train(
     args: argparse.Namespace,
     warmup: float = 0,
     make_optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] = adamw,
+    inspect: Callable[[nn.Module, argparse.Namespace], dict] = lambda model, args: {},
 ) -> dict:
     """Train through stages of (layers, steps), grown from one to the next, and score the test text.
 
     Gradients are clipped to 1; the learning rate rises over the share `warmup` of the layer passes and falls to 0 over
-    their last 30 %. `curve` has layer passes, seconds and the mean training loss of every `STRIDE` steps in bits per byte.
+    their last 30 %. `curve` has layer passes, seconds and the mean training loss of every `STRIDE` steps in bits per byte;
+    what `inspect` finds in the trained model joins them.
     """
     torch.manual_seed(seed)
     model = build_model(config, stages[0][0], args)
@@ -99,7 +101,7 @@ def train(
             run["curve"].append([passes, run["seconds"], round(loss, 4)])
             if args.checkpoint_steps and (index + 1) % args.checkpoint_steps == 0:
                 write_checkpoint(args, index + 1, model, optimizer, run)
-    return run | {"test": round(evaluate(model, args), 4)}
+    return run | {"test": round(evaluate(model, args), 4)} | inspect(model, args)
 
 
 def read_checkpoint(args: argparse.Namespace) -> dict:

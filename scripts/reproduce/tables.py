@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 from curves import runs_of, steps_to
+from goals import goals
 from record import RESULTS, read_json
 
 
@@ -280,6 +281,26 @@ def _steps_to_losses(results: dict, head: str, targets: tuple[float, ...]) -> li
     return rows
 
 
+def recipe(results: dict) -> list[list[str]]:
+    """One row for each arm on both corpora: what as many seconds are enough for."""
+    articles = read_json(RESULTS / "recipe_articles.json")
+    seconds = results["settings"]["seconds"]
+    rows = [
+        [
+            f"6 layers x 256, {seconds:.0f} s",
+            "best lr",
+            "steps",
+            "enwik8, first 4.15 MB: test bpb",
+            "articles: test bpb",
+        ]
+    ]
+    for arm, best in results["best"].items():
+        steps = next(run["steps"] for key, run in results["runs"].items() if key.startswith(f"{arm} |"))
+        found = [f"{articles['best'][arm]['mean']:.3f}" if arm in articles["best"] else ""]
+        rows.append([arm, f"{best['learning_rate']:g}", f"{steps}", f"{best['mean']:.3f}", *found])
+    return rows
+
+
 def import_time(results: dict) -> list[list[str]]:
     """One row for each statement."""
     return [["in a fresh process", "seconds"], *([name, f"{value:.2f}"] for name, value in results["seconds"].items())]
@@ -342,14 +363,17 @@ TABLES = {
         model_speed,
         training_profile,
         import_time,
+        goals,
         convergence,
         depth,
+        recipe,
     )
 }
 
 # tables that share a result file with another
 SOURCES = dict.fromkeys(("pruning_curve_images", "pruning_curve_text"), "pruning_curve")
 SOURCES["fully_connected_depth"] = "fully_connected"
+SOURCES["goals"] = "model_speed"
 
 
 def markdown(rows: list[list[str]]) -> str:

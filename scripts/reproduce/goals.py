@@ -1,0 +1,79 @@
+"""The table of the goals that were set for speed and quality: what was measured, and why it was missed where it was."""
+
+from curves import runs_of, steps_to
+from record import RESULTS, read_json
+
+
+# the lead of the recipe in bits per byte over the better one of these
+RIVALS = "pre-norm x + c F(N(x)), AdamW, warmup", "GPT-2, AdamW, warmup"
+RECIPE = "recipe: x + w F(N(x)), Muon"
+
+
+def lead(name: str) -> float:
+    """Bits per byte by which the recipe is below the best of its rivals."""
+    best = read_json(RESULTS / f"{name}.json")["best"]
+    return min(best[arm]["mean"] for arm in RIVALS) - best[RECIPE]["mean"]
+
+
+def steps_at_64_layers(target: float) -> list[str]:
+    """Steps to a training loss of ReZero, pre-norm, and pre-norm with scaled branches."""
+    results = read_json(RESULTS / "depth.json")
+    rules = "ReZero, w = 0", "pre-norm + warmup", "pre-norm, x + cF(N(x)), + warmup"
+    return [str(steps_to(runs_of(results, f"64 {rule}")[0]["curve"], target) or "never") for rule in rules]
+
+
+def goals(speeds: dict) -> list[list[str]]:
+    """One row for each goal; `speeds` is the result of `model_speed.py`."""
+
+    def ratio(measure: str, case: str, arm: str = "ReZero, learned positions") -> str:
+        return f"{speeds['results'][case][measure][arm]['speed']:.2f}"
+
+    seconds = read_json(RESULTS / "import_time.json")["seconds"]
+    shares = read_json(RESULTS / "training_profile.json")["shares"]
+    prefix = read_json(RESULTS / "enwik8_prefix.json")["runs"]["recipe, 6 layers x 256"]
+    saved = speeds["results"]["12 x 512"]["saved"]["ReZero, learned positions"]["saved"]
+    relu = {measure: ratio(measure, "128 x 64", "ReZero, relu") for measure in ("train", "infer")}
+    return [
+        ["goal", "set", "measured", "why it was missed"],
+        ["12 x 512, training, fp32, times GPT-2", "1.10", ratio("train", "12 x 512"), ""],
+        [
+            "12 x 512, training, bf16",
+            "1.4",
+            ratio("train_bf16", "12 x 512"),
+            "the products, equal for all, fill the step",
+        ],
+        ["128 x 64, training, fp32", "1.4", ratio("train", "128 x 64"), f"gelu; with relu {relu['train']}"],
+        ["128 x 64, training, bf16", "2", ratio("train_bf16", "128 x 64"), ""],
+        ["12 x 512, inference, folded", "1.05", ratio("infer", "12 x 512"), ""],
+        ["128 x 64, inference, folded", "1.35", ratio("infer", "128 x 64"), f"gelu; with relu {relu['infer']}"],
+        ["128 x 64, one token", "2.5", ratio("one_token", "128 x 64"), "calls of modules in Python"],
+        ["saved numbers per token, layer and width", "14.2", f"{saved:.1f}", ""],
+        [
+            "import, seconds over `import transformers`",
+            "0.1",
+            f"{seconds['import hf_rezero'] - seconds['import transformers (lazy)']:.1f}",
+            "the Auto classes register real classes, which bring torch",
+        ],
+        [
+            "64 layers: steps to 4.0 bpb of ReZero, pre-norm, scaled pre-norm",
+            "a third",
+            ", ".join(steps_at_64_layers(4.0)),
+            "the scaled one starts better",
+        ],
+        ["64 layers: the same to 3.6 bpb", "a third", ", ".join(steps_at_64_layers(3.6)), "the scaled one catches up"],
+        ["recipe: bpb below its rivals in equal time, prefix", "0.05", f"{lead('recipe'):.2f}", ""],
+        ["recipe: the same, featured articles", "0.05", f"{lead('recipe_articles'):.2f}", ""],
+        [
+            "recipe: test bpb of the prefix, 45 minutes",
+            "1.80",
+            f"{prefix['test_bpb']:.3f} in {prefix['train_runtime'] / 60:.0f} min",
+            "2,100 steps were too few; a longer run was not made yet",
+        ],
+        [
+            "batches, evaluation, checkpoints: shares of a run",
+            "2 % each",
+            ", ".join(f"{shares[name]:.2%}" for name in ("batches", "evaluation", "checkpoints")),
+            "validation and test text are scored whole, each byte in two windows",
+        ],
+        ["GPU: share of bf16 peak, CUDA graphs, 1.2 bpb in 15 minutes", "40 %, 3 x, 15", "", "no GPU was at hand"],
+    ]

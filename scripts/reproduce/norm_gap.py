@@ -1,0 +1,87 @@
+"""Why a norm is ahead in longer runs: one change at a time to ReZero, and what the streams look like at the end.
+
+    python scripts/reproduce/norm_gap.py --train_file enwik8_prefix.xz
+
+Byte models of 12 layers on the same batches; the sizes are those on 64 windows of the test text: the root mean
+square of the last hidden states, the largest logit, the mean size of the residual weights.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from byte_lm import add_arguments, run_grid, train
+from record import RESULTS
+from torch import nn
+
+from hf_rezero import param_groups
+from hf_rezero.data import collate_bytes, evaluation_windows
+
+
+INIT = 24**-0.5  # 1/sqrt(2L)
+REZERO = {"resweight_init": INIT}
+
+
+def adamw(weight_decay: float = 0.1, resweight_factor: float = 1.0):
+    """AdamW as in all comparisons, with another decay or rate of the residual weights."""
+
+    def make(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+        own = None if resweight_factor == 1 else rate * resweight_factor
+        groups = param_groups(model, weight_decay=weight_decay, resweight_learning_rate=own)
+        return torch.optim.AdamW(groups, rate, betas=(0.9, 0.95), fused=True)
+
+    return make
+
+
+PRE = {**REZERO, "norm_position": "pre"}
+# config, learning rate (the best of `convergence.py` with and without norms), share of warmup, optimizer, bf16
+ARMS = {
+    "ReZero": (REZERO, 1e-2, 0, adamw(), False),
+    "pre-norm, x + cF(N(x)), + warmup": ({**PRE, "resweight_trainable": False}, 3e-3, 0.1, adamw(), False),
+    "ReZero + pre-norm, x + wF(N(x))": (PRE, 3e-3, 0, adamw(), False),
+    "ReZero, learning rate 3e-3": (REZERO, 3e-3, 0, adamw(), False),
+    "ReZero + final norm": ({**REZERO, "final_norm": True}, 1e-2, 0, adamw(), False),
+    "ReZero, w from 0": ({}, 1e-2, 0, adamw(), False),
+    "ReZero, w fixed": ({**REZERO, "resweight_trainable": False}, 1e-2, 0, adamw(), False),
+    "ReZero, rate of w x 0.1": (REZERO, 1e-2, 0, adamw(resweight_factor=0.1), False),
+    "ReZero, weight decay 0": (REZERO, 1e-2, 0, adamw(weight_decay=0.0), False),
+    "ReZero, weight decay 0.5": (REZERO, 1e-2, 0, adamw(weight_decay=0.5), False),
+    "ReZero, warmup": (REZERO, 1e-2, 0.1, adamw(), False),
+    "ReZero, bf16": (REZERO, 1e-2, 0, adamw(), True),
+    "ReZero, dropout 0.1": ({**REZERO, "hidden_dropout": 0.1}, 1e-2, 0, adamw(), False),
+}
+
+
+@torch.no_grad()
+def sizes(model: nn.Module, args: argparse.Namespace) -> dict[str, float]:
+    """Root mean square of the last hidden states, largest logit, mean |resweight|."""
+    batch = collate_bytes(evaluation_windows(args.corpus.test, args.block_size).__getitems__(range(64)))
+    stream = model.model(input_ids=batch["input_ids"].to(args.device)).last_hidden_state
+    weights = [p.abs().mean() for name, p in model.named_parameters() if name.endswith("resweight")]
+    found = {
+        "stream": stream.pow(2).mean().sqrt(),
+        "logit": model.lm_head(stream).abs().max(),
+        "resweight": torch.stack(weights).mean(),
+    }
+    return {name: round(value.item(), 4) for name, value in found.items()}
+
+
+def main() -> None:
+    """Run the comparison and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, layers=12, steps=2000, seeds=1)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--output", type=Path, default=RESULTS / "norm_gap.json")
+    args = parser.parse_args()
+
+    for name in args.arms:
+        config, rate, warmup, optimizer, args.bf16 = ARMS[name]
+
+        def run(rate, seed, config=config, warmup=warmup, optimizer=optimizer):
+            return train(config, [(args.layers, args.steps)], rate, seed, args, warmup, optimizer, sizes)
+
+        run_grid({name: run}, [rate], args)
+
+
+if __name__ == "__main__":
+    main()
