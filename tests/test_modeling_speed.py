@@ -120,6 +120,14 @@ def test_the_chunked_loss_has_the_value_and_the_gradients_of_the_whole_one(chunk
         torch.testing.assert_close(chunk, whole)
 
 
+def test_the_chunked_loss_takes_labels_that_were_shifted_outside_and_another_index_to_ignore():
+    model, ids = model_of(), torch.randint(0, 256, (2, 6))
+    options = {"shift_labels": torch.randint(0, 5, (2, 6)), "ignore_index": 3}
+    whole, chunked = (model(ids, labels=ids, skip_logits=skip, **options).loss for skip in (False, True))
+    torch.testing.assert_close(chunked, whole)
+    assert not torch.isclose(whole, model(ids, labels=ids).loss)
+
+
 def test_the_chunked_loss_keeps_no_logits():
     lm_head, labels = nn.Linear(8, 1000), torch.randint(0, 1000, (4, 32))
     hidden_states, sizes = torch.randn(4, 32, 8, requires_grad=True), []

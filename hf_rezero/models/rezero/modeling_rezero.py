@@ -112,27 +112,30 @@ def chunked_causal_lm_loss(
     hidden_states: torch.Tensor,
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
+    shift_labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
     chunk_size: int = 2**26,
     **kwargs,
 ) -> torch.Tensor:
     """Mean -log p of the next labels, which holds at most `chunk_size` logits at a time; the backward pass makes them anew.
 
-    hidden_states (B, T, D), labels (B, T) with -100 where nothing is to be predicted. Where all logits fit in one chunk
-    nothing is computed twice.
+    hidden_states (B, T, D), labels (B, T) with `ignore_index` where nothing is to be predicted, or `shift_labels`, already
+    shifted. Where all logits fit in one chunk nothing is computed twice.
     """
-    targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(hidden_states.device)
-    rows = hidden_states.flatten(0, 1)
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+    rows, targets = hidden_states.flatten(0, 1), shift_labels.flatten().to(hidden_states.device)
     rows_at_once = max(1, chunk_size // lm_head.out_features)
 
     def nll(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(lm_head(rows).float(), targets, reduction="sum")
+        return nn.functional.cross_entropy(lm_head(rows).float(), targets, ignore_index=ignore_index, reduction="sum")
 
     if len(rows) <= rows_at_once:
         total = nll(rows, targets)
     else:
         parts = zip(rows.split(rows_at_once), targets.split(rows_at_once), strict=True)
         total = torch.stack([checkpoint(nll, *part, use_reentrant=False) for part in parts]).sum()
-    count = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if torch.is_tensor(count) else count)
 
 
