@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from launch import SCRIPTS
 
 
@@ -36,6 +35,11 @@ def words(tmp_path):
     return [word for name, value in (sizes | paths).items() for word in (f"--{name}", str(value))]
 
 
+def without(words, name):
+    place = words.index(name)
+    return words[:place] + words[place + 2 :]
+
+
 def run(module, monkeypatch, words, *more):
     monkeypatch.setattr(sys, "argv", ["script.py", *words, *map(str, more)])
     module.main()
@@ -58,9 +62,7 @@ def test_depths_are_compared_and_a_second_run_has_nothing_to_do(words, monkeypat
 
 
 def test_the_recipe_is_compared_in_equal_time_and_its_rates_are_used_again(words, monkeypatch, tmp_path):
-    words = (
-        words[2 : words.index("--figure")] + words[words.index("--figure") + 2 :]
-    )  # its runs have seconds, and no figure
+    words = without(without(words, "--steps"), "--figure")
     more = ["--layers", 2, "--seconds", 0.5, "--rounds", 2, "--arms", *list(recipe.ARMS)[::2]]
     results = run(recipe, monkeypatch, words, *more)
     assert set(results["best"]) == set(results["step_seconds"]) == set(list(recipe.ARMS)[::2])
@@ -104,7 +106,7 @@ def test_a_killed_run_goes_on_to_the_same_result(words, monkeypatch, tmp_path):
 
 
 def test_changes_to_rezero_are_compared_with_the_sizes_of_their_streams(words, monkeypatch):
-    words = words[: words.index("--figure")] + words[words.index("--figure") + 2 :]
+    words = without(words, "--figure")
     arms = ["ReZero", "ReZero, rate of w x 0.1", "ReZero + pre-norm, x + wF(N(x))", "ReZero, bf16"]
     runs = run(norm_gap, monkeypatch, words, "--layers", 2, "--arms", *arms)["runs"]
     found = {key.split(" | ")[0]: values for key, values in runs.items()}
@@ -162,7 +164,6 @@ def test_bfloat16_and_compiled_layers_train(words, monkeypatch):
     args = argparse.Namespace(hidden_size=16, num_attention_heads=2, block_size=16, device="cpu", compile=True)
     model = byte_lm.build_model({}, 3, args)
     assert all(layer._compiled_call_impl is not None for layer in model.model.layers)
-    assert isinstance(model, torch.nn.Module)
 
 
 def test_the_parts_of_a_run_are_measured(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 
 # A list of this many numbers stays in the cache of one core between the kernels of an update: measured 2x at
@@ -102,3 +103,12 @@ def refuse_flat_shards(params: Iterable[Tensor], technique: str) -> None:
                 f"flattened (shape {tuple(p.shape)}), where it would silently do something else. Use FSDP2 "
                 f"(`fully_shard`, `fsdp_version: 2`) or an optimizer that acts by element, such as radam."
             )
+
+
+class WholeMatrices(Optimizer):
+    """An optimizer that refuses what was flattened, in every group that it is given; the first base where there are more."""
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group, after a look at whether its tensors have kept their shapes."""
+        super().add_param_group(param_group)
+        refuse_flat_shards(self.param_groups[-1]["params"], type(self).__name__)

@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from .adamw import adam_state, adamw_
-from .buckets import buckets, evaluate, gradients, refuse_flat_shards
+from .buckets import WholeMatrices, buckets, evaluate, gradients
 from .radam import check_hyperparameters
 
 
@@ -40,7 +39,7 @@ def trust_scaled_(params: list[Tensor], updates: list[Tensor], lr: float, weight
     torch._foreach_add_(params, updates)
 
 
-class LAMB(Optimizer):
+class LAMB(WholeMatrices):
     """Layer-wise adaptive Adam for large batches (You et al. 2020, arXiv:1904.00962).
 
     Tensors with fewer than two dimensions, so biases, gains and residual weights, take the plain step of Adam without
@@ -76,11 +75,6 @@ class LAMB(Optimizer):
     ):
         check_hyperparameters(lr, betas, eps, weight_decay)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused})
-
-    def add_param_group(self, param_group: dict) -> None:
-        """Add a group, after a look at whether its tensors have kept their shapes."""
-        super().add_param_group(param_group)
-        refuse_flat_shards(self.param_groups[-1]["params"], type(self).__name__)
 
     @torch.no_grad()
     def step(self, closure=None):

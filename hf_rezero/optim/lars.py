@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from .adamw import has_fused_kernel
-from .buckets import buckets, evaluate, gradients, mesh_of, refuse_flat_shards
+from .buckets import WholeMatrices, buckets, evaluate, gradients, mesh_of
 from .lamb import norms, scale_
 
 
-class LARS(Optimizer):
+class LARS(WholeMatrices):
     """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888, algorithm 1).
 
     ratio = eta |p| / (|g| + wd |p|);  u <- momentum u + lr ratio (g + wd p);  p <- p - u
@@ -59,11 +58,6 @@ class LARS(Optimizer):
         super().__init__(
             params, defaults | {"trust_coefficient": trust_coefficient, "nesterov": nesterov, "clip": clip}
         )
-
-    def add_param_group(self, param_group: dict) -> None:
-        """Add a group, after a look at whether its tensors have kept their shapes."""
-        super().add_param_group(param_group)
-        refuse_flat_shards(self.param_groups[-1]["params"], type(self).__name__)
 
     @torch.no_grad()
     def step(self, closure=None):

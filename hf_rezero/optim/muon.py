@@ -5,10 +5,9 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
 
 from .adamw import adam_state, adamw_
-from .buckets import buckets, evaluate, gradients, refuse_flat_shards
+from .buckets import WholeMatrices, buckets, evaluate, gradients
 from .radam import check_hyperparameters
 
 
@@ -37,7 +36,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if is_tall else x
 
 
-class Muon(Optimizer):
+class Muon(WholeMatrices):
     """Muon (Jordan et al. 2024) for weights of linear and convolution layers, AdamW for the other parameters.
 
     m <- mu m + (1 - mu) g;  p <- (1 - lr wd) p - 0.2 lr sqrt(max(rows, columns)) orthogonalize(mu m + (1 - mu) g)
@@ -88,11 +87,6 @@ class Muon(Optimizer):
             )
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused}
         super().__init__(params, adam | {"momentum": momentum, "num_iterations": num_iterations})
-
-    def add_param_group(self, param_group: dict) -> None:
-        """Add a group, after a look at whether its tensors have kept their shapes."""
-        super().add_param_group(param_group)
-        refuse_flat_shards(self.param_groups[-1]["params"], type(self).__name__)
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -3,7 +3,7 @@
 import torch
 
 from .adamw import adam_state
-from .buckets import buckets, evaluate, gradients, refuse_flat_shards
+from .buckets import WholeMatrices, buckets, evaluate, gradients
 from .centralization import centralize_
 from .lookahead import (
     give_defaults,
@@ -17,7 +17,7 @@ from .lookahead import (
 from .radam import RAdam, radam_
 
 
-class Ranger(RAdam):
+class Ranger(WholeMatrices, RAdam):
     """RAdam with centralised gradients inside Lookahead (Wright 2019), in one class.
 
     Equal to `lookahead(centralize_gradients(RAdam(...)), k, alpha)` with the same state, and faster.
@@ -66,11 +66,6 @@ class Ranger(RAdam):
         keep_precision(self)
         if evaluate_slow:
             give_modes(self)
-
-    def add_param_group(self, param_group: dict) -> None:
-        """Add a group, after a look at whether its tensors have kept their shapes."""
-        super().add_param_group(param_group)
-        refuse_flat_shards(self.param_groups[-1]["params"], type(self).__name__)
 
     def __setstate__(self, state: dict) -> None:
         is_copy = "_optimizer_load_state_dict_pre_hooks" not in self.__dict__  # copies come without hooks

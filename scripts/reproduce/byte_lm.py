@@ -49,9 +49,13 @@ def build_model(config: dict, layers: int, args: argparse.Namespace) -> nn.Modul
     return model
 
 
-def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """The optimizer of all comparisons that are not about optimizers."""
-    return torch.optim.AdamW(param_groups(model, weight_decay=0.1), rate, betas=(0.9, 0.95), fused=True)
+def adamw(
+    model: nn.Module, rate: float, weight_decay: float = 0.1, resweight_factor: float | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of all comparisons that are not about optimizers; residual weights may have a rate of their own."""
+    own_rate = rate * resweight_factor if resweight_factor else None
+    groups = param_groups(model, weight_decay=weight_decay, resweight_learning_rate=own_rate)
+    return torch.optim.AdamW(groups, rate, betas=(0.9, 0.95), fused=True)
 
 
 def train(

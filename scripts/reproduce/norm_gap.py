@@ -7,48 +7,35 @@ square of the last hidden states, the largest logit, the mean size of the residu
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
-from byte_lm import add_arguments, run_grid, train
+from byte_lm import adamw, add_arguments, run_grid, train
 from record import RESULTS
 from torch import nn
 
-from hf_rezero import param_groups
 from hf_rezero.data import collate_bytes, evaluation_windows
 
 
 INIT = 24**-0.5  # 1/sqrt(2L)
 REZERO = {"resweight_init": INIT}
-
-
-def adamw(weight_decay: float = 0.1, resweight_factor: float = 1.0):
-    """AdamW as in all comparisons, with another decay or rate of the residual weights."""
-
-    def make(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-        own = None if resweight_factor == 1 else rate * resweight_factor
-        groups = param_groups(model, weight_decay=weight_decay, resweight_learning_rate=own)
-        return torch.optim.AdamW(groups, rate, betas=(0.9, 0.95), fused=True)
-
-    return make
-
-
 PRE = {**REZERO, "norm_position": "pre"}
 # config, learning rate (the best of `convergence.py` with and without norms), share of warmup, optimizer, bf16
 ARMS = {
-    "ReZero": (REZERO, 1e-2, 0, adamw(), False),
-    "pre-norm, x + cF(N(x)), + warmup": ({**PRE, "resweight_trainable": False}, 3e-3, 0.1, adamw(), False),
-    "ReZero + pre-norm, x + wF(N(x))": (PRE, 3e-3, 0, adamw(), False),
-    "ReZero, learning rate 3e-3": (REZERO, 3e-3, 0, adamw(), False),
-    "ReZero + final norm": ({**REZERO, "final_norm": True}, 1e-2, 0, adamw(), False),
-    "ReZero, w from 0": ({}, 1e-2, 0, adamw(), False),
-    "ReZero, w fixed": ({**REZERO, "resweight_trainable": False}, 1e-2, 0, adamw(), False),
-    "ReZero, rate of w x 0.1": (REZERO, 1e-2, 0, adamw(resweight_factor=0.1), False),
-    "ReZero, weight decay 0": (REZERO, 1e-2, 0, adamw(weight_decay=0.0), False),
-    "ReZero, weight decay 0.5": (REZERO, 1e-2, 0, adamw(weight_decay=0.5), False),
-    "ReZero, warmup": (REZERO, 1e-2, 0.1, adamw(), False),
-    "ReZero, bf16": (REZERO, 1e-2, 0, adamw(), True),
-    "ReZero, dropout 0.1": ({**REZERO, "hidden_dropout": 0.1}, 1e-2, 0, adamw(), False),
+    "ReZero": (REZERO, 1e-2, 0, adamw, False),
+    "pre-norm, x + cF(N(x)), + warmup": ({**PRE, "resweight_trainable": False}, 3e-3, 0.1, adamw, False),
+    "ReZero + pre-norm, x + wF(N(x))": (PRE, 3e-3, 0, adamw, False),
+    "ReZero, learning rate 3e-3": (REZERO, 3e-3, 0, adamw, False),
+    "ReZero + final norm": ({**REZERO, "final_norm": True}, 1e-2, 0, adamw, False),
+    "ReZero, w from 0": ({}, 1e-2, 0, adamw, False),
+    "ReZero, w fixed": ({**REZERO, "resweight_trainable": False}, 1e-2, 0, adamw, False),
+    "ReZero, rate of w x 0.1": (REZERO, 1e-2, 0, partial(adamw, resweight_factor=0.1), False),
+    "ReZero, weight decay 0": (REZERO, 1e-2, 0, partial(adamw, weight_decay=0.0), False),
+    "ReZero, weight decay 0.5": (REZERO, 1e-2, 0, partial(adamw, weight_decay=0.5), False),
+    "ReZero, warmup": (REZERO, 1e-2, 0.1, adamw, False),
+    "ReZero, bf16": (REZERO, 1e-2, 0, adamw, True),
+    "ReZero, dropout 0.1": ({**REZERO, "hidden_dropout": 0.1}, 1e-2, 0, adamw, False),
 }
 
 

@@ -707,14 +707,13 @@ class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states, logits, loss = outputs.last_hidden_state, None, None
+        hidden_states, logits = outputs.last_hidden_state, None
         if skip_logits and labels is not None:
             loss = chunked_causal_lm_loss(self.lm_head, hidden_states, labels, **kwargs)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
-        if logits is not None and labels is not None:
-            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs) if labels is not None else None
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,
