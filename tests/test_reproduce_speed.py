@@ -172,9 +172,9 @@ def test_the_parts_of_a_run_are_measured(tmp_path, monkeypatch):
     config |= {"per_device_train_batch_size": 4, "max_steps": 100, "save_steps": 50, "use_cpu": True}
     config |= {"do_train": True, "do_eval": True, "do_predict": True, "output_dir": "unused"}
     (tmp_path / "run.json").write_text(json.dumps(config))
-    words = ["--train_file", str(tmp_path / "text.txt"), "--config", str(tmp_path / "run.json"), "--steps", "6"]
+    words = ["--train_file", str(tmp_path / "text.txt"), "--configs", str(tmp_path / "run.json"), "--steps", "6"]
     methods = {name: getattr(ReZeroTrainer, name) for name in training_profile.PARTS}
-    results = run(training_profile, monkeypatch, [*words, "--output", str(tmp_path / "o.json")])
+    results = run(training_profile, monkeypatch, [*words, "--output", str(tmp_path / "o.json")])["configs"]["run"]
     assert {name: getattr(ReZeroTrainer, name) for name in methods} == methods
     assert sum(results["shares"].values()) == pytest.approx(1, abs=1e-3) and min(results["shares"].values()) > 0
     assert set(results["median_seconds"]) == set(training_profile.PARTS.values())

@@ -29,7 +29,7 @@ def goals(speeds: dict) -> list[list[str]]:
         return f"{speeds['results'][case][measure][arm]['speed']:.2f}"
 
     seconds = read_json(RESULTS / "import_time.json")["seconds"]
-    shares = read_json(RESULTS / "training_profile.json")["shares"]
+    shares = read_json(RESULTS / "training_profile.json")["configs"]["enwik8_prefix_recipe"]["shares"]
     prefix = read_json(RESULTS / "enwik8_prefix.json")["runs"]["recipe, 6 layers x 256"]
     saved = speeds["results"]["12 x 512"]["saved"]["ReZero, learned positions"]["saved"]
     relu = {measure: ratio(measure, "128 x 64", "ReZero, relu") for measure in ("train", "infer")}
@@ -70,7 +70,7 @@ def goals(speeds: dict) -> list[list[str]]:
             "2,100 steps were too few; a longer run was not made yet",
         ],
         [
-            "batches, evaluation, checkpoints: shares of a run",
+            "recipe: batches, evaluation, checkpoints: shares of the run",
             "2 % each",
             ", ".join(f"{shares[name]:.2%}" for name in ("batches", "evaluation", "checkpoints")),
             "validation and test text are scored whole, each byte in two windows",

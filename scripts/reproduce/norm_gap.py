@@ -36,6 +36,13 @@ ARMS = {
     "ReZero, warmup": (REZERO, 1e-2, 0.1, adamw, False),
     "ReZero, bf16": (REZERO, 1e-2, 0, adamw, True),
     "ReZero, dropout 0.1": ({**REZERO, "hidden_dropout": 0.1}, 1e-2, 0, adamw, False),
+    "ReZero, learning rate 1e-3": (REZERO, 1e-3, 0, adamw, False),
+    "ReZero, 3e-3, rate of w x 0.1": (REZERO, 3e-3, 0, partial(adamw, resweight_factor=0.1), False),
+    "ReZero + pre-norm, rate of w x 0.1": (PRE, 3e-3, 0, partial(adamw, resweight_factor=0.1), False),
+    "ReZero, 3e-3, warmup": (REZERO, 3e-3, 0.1, adamw, False),
+    "ReZero, 3e-3, weight decay 0.5": (REZERO, 3e-3, 0, partial(adamw, weight_decay=0.5), False),
+    "ReZero + final norm, 3e-3": ({**REZERO, "final_norm": True}, 3e-3, 0, adamw, False),
+    "ReZero + pre-norm, 1e-2": (PRE, 1e-2, 0, adamw, False),
 }
 
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from statistics import fmean
 
-from curves import runs_of, steps_to
+from curves import STRIDE, runs_of, steps_to
 from goals import goals
 from record import RESULTS, read_json
 
@@ -250,9 +250,11 @@ def model_speed(results: dict) -> list[list[str]]:
 
 
 def training_profile(results: dict) -> list[list[str]]:
-    """One row: the shares of the parts."""
-    shares = results["shares"]
-    return [["part of a run of 5,000 steps", *shares], ["12 x 192", *(f"{share:.2%}" for share in shares.values())]]
+    """One row for each config: the shares of the parts."""
+    rows = [["part of the run of a config", "steps", "training", "batches", "evaluation", "checkpoints"]]
+    for config, found in results["configs"].items():
+        rows.append([f"{config}.yaml", f"{found['steps']:,}", *(f"{x:.2%}" for x in found["shares"].values())])
+    return rows
 
 
 def convergence(results: dict) -> list[list[str]]:
@@ -298,6 +300,22 @@ def recipe(results: dict) -> list[list[str]]:
         steps = next(run["steps"] for key, run in results["runs"].items() if key.startswith(f"{arm} |"))
         found = [f"{articles['best'][arm]['mean']:.3f}" if arm in articles["best"] else ""]
         rows.append([arm, f"{best['learning_rate']:g}", f"{steps}", f"{best['mean']:.3f}", *found])
+    return rows
+
+
+def norm_gap(results: dict) -> list[list[str]]:
+    """One row for each change."""
+    head = ["12 layers x 64, 2,000 steps", "lr", "training bpb, last 200 steps", "test bpb"]
+    rows = [[*head, "stream, rms", "largest logit", "mean |w|"]]
+    for arm, best in results["best"].items():
+        (run,) = runs_of(results, arm)
+        cells = [f"{best['learning_rate']:g}"]
+        if math.isfinite(best["mean"]):
+            cells += [f"{fmean(record[-1] for record in run['curve'][-20:]):.3f}", f"{best['mean']:.3f}"]
+            cells += [f"{run['stream']:.2f}", f"{run['logit']:.1f}", f"{run['resweight']:.3f}"]
+        else:
+            cells += ["", f"diverged at step {len(run['curve']) * STRIDE}", "", "", ""]
+        rows.append([arm, *cells])
     return rows
 
 
@@ -367,6 +385,7 @@ TABLES = {
         convergence,
         depth,
         recipe,
+        norm_gap,
     )
 }
 

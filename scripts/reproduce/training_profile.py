@@ -2,9 +2,9 @@
 
     python scripts/reproduce/training_profile.py --train_file enwik8_prefix.xz
 
-Runs the first steps of `configs/enwik8_prefix_12l.yaml` through `run_clm.py` in one process, with one checkpoint and the
-evaluation of both parts, and counts what each takes. The shares are those of the whole run of that config: its steps, its
-checkpoints, one evaluation of each part.
+Runs the first steps of each config through `run_clm.py` in one process, with one checkpoint and the evaluation of both
+parts, and counts what each takes. The shares are those of the whole run of the config: its steps, its checkpoints, one
+evaluation of each part.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from unittest.mock import patch
 
 import torch
@@ -25,7 +26,7 @@ from hf_rezero import ReZeroTrainer
 
 
 SCRIPTS = Path(__file__).parent.parent
-CONFIG = SCRIPTS / "configs" / "enwik8_prefix_12l.yaml"
+CONFIGS = [SCRIPTS / "configs" / f"enwik8_prefix_{name}.yaml" for name in ("12l", "recipe")]
 # methods of the Trainer, and what they are for
 PARTS = {
     "training_step": "step",
@@ -69,26 +70,34 @@ def shares(seconds: dict[str, list[float]], runtime: float, steps: int, settings
     return {name: part / sum(whole.values()) for name, part in whole.items()}
 
 
+def profile(config: Path, train_file: str, steps: int) -> dict:
+    """The shares of the parts of a run, and the median seconds of each."""
+    import run_clm
+
+    with tempfile.TemporaryDirectory() as folder, stopwatches() as seconds:
+        words = ["--train_file", train_file, "--output_dir", folder, "--max_steps", str(steps)]
+        run_clm.main([str(config), *words, "--save_steps", str(steps)])
+        runtime = read_json(Path(folder, "all_results.json"))["train_runtime"]
+    settings = yaml.safe_load(config.read_text())
+    return {
+        "steps": settings["max_steps"],
+        "shares": {name: round(x, 5) for name, x in shares(seconds, runtime, steps, settings).items()},
+        "median_seconds": {name: round(median(values), 5) for name, values in seconds.items()},
+    }
+
+
 def main() -> None:
-    """Train, and write the result file."""
+    """Train with each config, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train_file", required=True, help="the first 4,154,399 bytes of enwik8")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--configs", nargs="+", type=Path, default=CONFIGS)
     parser.add_argument("--output", type=Path, default=RESULTS / "training_profile.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     sys.path.append(str(SCRIPTS))
-    import run_clm
-
-    with tempfile.TemporaryDirectory() as folder, stopwatches() as seconds:
-        words = ["--train_file", args.train_file, "--output_dir", folder, "--max_steps", str(args.steps)]
-        run_clm.main([str(args.config), *words, "--save_steps", str(args.steps)])
-        runtime = read_json(Path(folder, "all_results.json"))["train_runtime"]
-    settings = yaml.safe_load(args.config.read_text())
-    found = {name: round(value, 5) for name, value in shares(seconds, runtime, args.steps, settings).items()}
-    median = {name: round(sorted(values)[len(values) // 2], 5) for name, values in seconds.items()}
-    write_json(args.output, {"shares": found, "median_seconds": median, "provenance": provenance()})
+    found = {config.stem: profile(config, args.train_file, args.steps) for config in args.configs}
+    write_json(args.output, {"configs": found, "provenance": provenance()})
     print(found)
 
 
