@@ -19,7 +19,7 @@ from record import RESULTS, provenance, read_json, write_json
 from torch import optim
 from tqdm import tqdm
 
-from hf_rezero import LAMB, LARS, RAdam, Ranger, RangerLARS, centralize_gradients, lookahead
+from hf_rezero import LAMB, LARS, Muon, RAdam, Ranger, RangerLARS, centralize_gradients, lookahead
 
 
 LAYERS, TURN = 128, 6
@@ -49,6 +49,7 @@ def ours() -> dict:
         "LARS": lambda g: LARS(g, lr=1e-3),
         "RangerLARS": RangerLARS,
         "LAMB": LAMB,
+        "Muon": Muon,
         "AdamW fused + lookahead, k=5": lambda g: lookahead(optim.AdamW(g, fused=True), k=5),
         "AdamW foreach + lookahead, k=5": lambda g: lookahead(optim.AdamW(g, foreach=True), k=5),
         "AdamW fused + SNOO, k=20": lambda g: lookahead(optim.AdamW(g, fused=True), k=20, alpha=0.7, momentum=0.5),
@@ -62,6 +63,7 @@ def peers() -> dict:
         "torch AdamW fused": lambda g: optim.AdamW(g, fused=True),
         "torch AdamW foreach": lambda g: optim.AdamW(g, foreach=True),
         "torch RAdam foreach": lambda g: optim.RAdam(g, foreach=True, decoupled_weight_decay=True),
+        "torch Muon, matrices alone": lambda g: optim.Muon(g[:1]),
     }
     if importlib.util.find_spec("pytorch_optimizer"):
         import pytorch_optimizer as po

@@ -263,6 +263,11 @@ def convergence(results: dict) -> list[list[str]]:
     return [[*row, ms] for row, ms in zip(rows, ["ms a step", *_step_times(results)], strict=True)]
 
 
+def convergence_articles(results: dict) -> list[list[str]]:
+    """One row for each rule: test loss and steps to the targets."""
+    return _steps_to_losses(results, "12 layers x 64", (4.0, 3.5, 3.0))
+
+
 def _step_times(results: dict) -> list[str]:
     return [f"{1000 * results['step_seconds'][arm]:.0f}" for arm in results["best"]]
 
@@ -383,6 +388,7 @@ TABLES = {
         import_time,
         goals,
         convergence,
+        convergence_articles,
         depth,
         recipe,
         norm_gap,
