@@ -19,6 +19,7 @@ from record import FIGURES, RESULTS, read_json
 DRAWN = {
     "enwik8_prefix": ("enwik8_prefix", enwik8_prefix.draw),
     "convergence": ("convergence", convergence.draw),
+    "convergence_articles": ("convergence_articles", convergence.draw),
     "depth": ("depth", depth.draw),
     "deep_without_warmup": ("deep_without_warmup", deep_without_warmup.draw),
     "optimizers": ("optimizers", optimizers.draw),

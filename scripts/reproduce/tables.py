@@ -309,18 +309,19 @@ def recipe(results: dict) -> list[list[str]]:
 
 
 def norm_gap(results: dict) -> list[list[str]]:
-    """One row for each change."""
-    head = ["12 layers x 64, 2,000 steps", "lr", "training bpb, last 200 steps", "test bpb"]
+    """One row for each change, means of its seeds."""
+    head = ["12 layers x 64, 2,000 steps", "lr", "training bpb, last 200 steps", "test bpb, mean", "by seed"]
     rows = [[*head, "stream, rms", "largest logit", "mean |w|"]]
     for arm, best in results["best"].items():
-        (run,) = runs_of(results, arm)
-        cells = [f"{best['learning_rate']:g}"]
+        runs, cells = runs_of(results, arm), [arm, f"{best['learning_rate']:g}"]
         if math.isfinite(best["mean"]):
-            cells += [f"{fmean(record[-1] for record in run['curve'][-20:]):.3f}", f"{best['mean']:.3f}"]
-            cells += [f"{run['stream']:.2f}", f"{run['logit']:.1f}", f"{run['resweight']:.3f}"]
+            loss = fmean(record[-1] for run in runs for record in run["curve"][-20:])
+            by_seed = ", ".join(f"{test:.3f}" for test in best["test"])
+            sizes = ((_mean(runs, name), digits) for name, digits in (("stream", 2), ("logit", 1), ("resweight", 3)))
+            cells += [f"{loss:.3f}", f"{best['mean']:.3f}", by_seed, *(f"{x:.{digits}f}" for x, digits in sizes)]
         else:
-            cells += ["", f"diverged at step {len(run['curve']) * STRIDE}", "", "", ""]
-        rows.append([arm, *cells])
+            cells += ["", "", f"diverged by step {(len(runs[0]['curve']) + 1) * STRIDE}", "", "", ""]
+        rows.append(cells)
     return rows
 
 
