@@ -31,6 +31,7 @@ SHORTER = [CONFIG, "--max_steps", "4000", "--weight_decay", "0.05"]
 ARMS = {
     "ReZero": [CONFIG],
     "ReZero, 4,000 steps": SHORTER,
+    "ReZero, 4,000 steps, rate of w x 0.1": [*SHORTER, "--resweight_learning_rate", "3e-4"],
     "pre-norm, 4,000 steps, lr 1.5e-3": [*SHORTER, "--config_overrides", PRE_NORM, "--learning_rate", "1.5e-3"],
     "recipe, 6 layers x 256": [RECIPE],
 }

@@ -3,7 +3,7 @@
 import math
 import re
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 from curves import STRIDE, runs_of, steps_to
 from goals import goals
@@ -310,17 +310,19 @@ def recipe(results: dict) -> list[list[str]]:
 
 def norm_gap(results: dict) -> list[list[str]]:
     """One row for each change, means of its seeds."""
-    head = ["12 layers x 64, 2,000 steps", "lr", "training bpb, last 200 steps", "test bpb, mean", "by seed"]
-    rows = [[*head, "stream, rms", "largest logit", "mean |w|"]]
+    head = ["12 layers x 64, 2,000 steps", "lr", "training bpb, last 200 steps", "worst since step 500"]
+    rows = [[*head, "test bpb, mean", "by seed", "stream, rms", "largest logit", "mean |w|"]]
     for arm, best in results["best"].items():
         runs, cells = runs_of(results, arm), [arm, f"{best['learning_rate']:g}"]
         if math.isfinite(best["mean"]):
-            loss = fmean(record[-1] for run in runs for record in run["curve"][-20:])
+            losses = [[loss for *_, loss in run["curve"]] for run in runs]
+            training, worst = fmean(median(x[-20:]) for x in losses), max(max(x[50:]) for x in losses)
             by_seed = ", ".join(f"{test:.3f}" for test in best["test"])
             sizes = ((_mean(runs, name), digits) for name, digits in (("stream", 2), ("logit", 1), ("resweight", 3)))
-            cells += [f"{loss:.3f}", f"{best['mean']:.3f}", by_seed, *(f"{x:.{digits}f}" for x, digits in sizes)]
+            cells += [f"{training:.3f}", f"{worst:.1f}", f"{best['mean']:.3f}", by_seed]
+            cells += [f"{x:.{digits}f}" for x, digits in sizes]
         else:
-            cells += ["", "", f"diverged by step {(len(runs[0]['curve']) + 1) * STRIDE}", "", "", ""]
+            cells += ["", "", "", f"diverged by step {(len(runs[0]['curve']) + 1) * STRIDE}", "", "", ""]
         rows.append(cells)
     return rows
 
