@@ -311,7 +311,7 @@ def recipe(results: dict) -> list[list[str]]:
 def norm_gap(results: dict) -> list[list[str]]:
     """One row for each change, means of its seeds."""
     head = ["12 layers x 64, 2,000 steps", "lr", "training bpb, last 200 steps", "worst since step 500"]
-    rows = [[*head, "test bpb, mean", "by seed", "stream, rms", "largest logit", "mean |w|"]]
+    rows = [[*head, "test bpb, mean", "by seed", "stream, rms", "largest logit", "mean size of w"]]
     for arm, best in results["best"].items():
         runs, cells = runs_of(results, arm), [arm, f"{best['learning_rate']:g}"]
         if math.isfinite(best["mean"]):
