@@ -50,8 +50,8 @@ def collect(folder: Path) -> dict:
     """The figures that a finished run left."""
     figures = read_json(folder / "all_results.json")
     log = read_json(folder / "trainer_state.json")["log_history"]
-    keys = ("eval_bpb", "test_bpb", "train_loss", "train_runtime", "train_steps_per_second", "epoch")
-    keys += "eval_runtime", "test_runtime"
+    keys = ["eval_bpb", "test_bpb", "train_loss", "train_steps_per_second", "epoch"]
+    keys += ["train_runtime", "eval_runtime", "test_runtime"]
     curve = [(entry["step"], round(entry["loss"], 4)) for entry in log if "loss" in entry]
     sizes = [entry["resweight_mean_abs"] for entry in log if "resweight_mean_abs" in entry]
     return {key: figures[key] for key in keys} | {"curve_nats": curve, "resweight_mean_abs": sizes[-1]}
