@@ -22,6 +22,12 @@ def steps_at_64_layers(target: float) -> list[str]:
     return [str(steps_to(runs_of(results, f"64 {rule}")[0]["curve"], target) or "never") for rule in rules]
 
 
+def behind_a_norm(arm: str) -> float:
+    """Test bits per byte of ReZero above pre-norm at 12 layers."""
+    best = read_json(RESULTS / "norm_gap.json")["best"]
+    return best[arm]["mean"] - best["pre-norm, x + cF(N(x)), + warmup"]["mean"]
+
+
 def goals(speeds: dict) -> list[list[str]]:
     """One row for each goal; `speeds` is the result of `model_speed.py`."""
 
@@ -63,6 +69,12 @@ def goals(speeds: dict) -> list[list[str]]:
             "the scaled one starts better",
         ],
         ["64 layers: the same to 3.6 bpb", "a third", ", ".join(steps_at_64_layers(3.6)), "the scaled one catches up"],
+        [
+            "12 x 64, 2,000 steps: test bpb above scaled pre-norm, at first and with slower residual weights",
+            "0",
+            f"{behind_a_norm('ReZero'):.2f}, {behind_a_norm('ReZero, 3e-3, rate of w x 0.1'):.2f}",
+            "within the spread of the seeds",
+        ],
         ["recipe: bpb below its rivals in equal time, prefix", "0.05", f"{lead('recipe'):.2f}", ""],
         ["recipe: the same, featured articles", "0.05", f"{lead('recipe_articles'):.2f}", ""],
         [
