@@ -35,7 +35,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 quality: lint
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 style: install
 	$(BIN)/ruff check --fix .
