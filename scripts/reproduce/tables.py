@@ -304,9 +304,8 @@ def recipe(results: dict) -> list[list[str]]:
     ]
     for arm, best in results["best"].items():
         steps = next(run["steps"] for key, run in results["runs"].items() if key.startswith(f"{arm} |"))
-        by_seed = ", ".join(f"{test:.3f}" for test in best["test"])
         found = f"{articles['best'][arm]['mean']:.3f}" if arm in articles["best"] else ""
-        rows.append([arm, f"{best['learning_rate']:g}", f"{steps}", f"{best['mean']:.3f}", by_seed, found])
+        rows.append([arm, f"{best['learning_rate']:g}", f"{steps}", f"{best['mean']:.3f}", _by_seed(best), found])
     return rows
 
 
@@ -319,9 +318,8 @@ def norm_gap(results: dict) -> list[list[str]]:
         if math.isfinite(best["mean"]):
             losses = [[loss for *_, loss in run["curve"]] for run in runs]
             training, worst = fmean(median(x[-20:]) for x in losses), max(max(x[50:]) for x in losses)
-            by_seed = ", ".join(f"{test:.3f}" for test in best["test"])
             sizes = ((_mean(runs, name), digits) for name, digits in (("stream", 2), ("logit", 1), ("resweight", 3)))
-            cells += [f"{training:.3f}", f"{worst:.1f}", f"{best['mean']:.3f}", by_seed]
+            cells += [f"{training:.3f}", f"{worst:.1f}", f"{best['mean']:.3f}", _by_seed(best)]
             cells += [f"{x:.{digits}f}" for x, digits in sizes]
         else:
             cells += ["", "", "", f"diverged by step {(len(runs[0]['curve']) + 1) * STRIDE}", "", "", ""]
@@ -344,11 +342,14 @@ def norm_variants(results: dict) -> list[list[str]]:
     return _byte_models(results, "12 layers x 64")
 
 
+def _by_seed(best: dict) -> str:
+    return ", ".join(f"{test:.3f}" for test in best["test"])
+
+
 def _byte_models(results: dict, head: str) -> list[list[str]]:
     rows = [[head, "best lr", "test bits per byte, mean", "by seed"]]
     for arm, best in results["best"].items():
-        by_seed = ", ".join(f"{test:.3f}" for test in best["test"])
-        rows.append([arm, f"{best['learning_rate']:g}", f"{best['mean']:.3f}", by_seed])
+        rows.append([arm, f"{best['learning_rate']:g}", f"{best['mean']:.3f}", _by_seed(best)])
     return rows
 
 
