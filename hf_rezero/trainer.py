@@ -161,8 +161,8 @@ class ReZeroTrainer(PushingTrainer, PruningTrainer):
     - Every evaluation of a causal language model gains `{prefix}_bpb`: the summed negative log-likelihood over
       ln 2 and over the number of predicted tokens. With one token per byte that is bits per byte. It is summed by
       sample, so it is exact for any batch size and number of processes, and no logits are kept.
-    - A model whose `forward` knows `skip_logits` trains without holding all logits at once; label smoothing and loss
-      functions of the caller get them still.
+    - A model whose `forward` knows `skip_logits` trains without them, on the loss in chunks; label smoothing and loss
+      functions of the caller get the logits still.
     - Label smoothing shifts the labels of every causal language model, not only of those that transformers lists.
     - Training logs gain `resweight_mean_abs` and `resweight_max_abs`.
     - A data set with `set_epoch` hears of each new epoch, also when its loader is sharded over processes.

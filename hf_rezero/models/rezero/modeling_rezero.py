@@ -648,8 +648,8 @@ class ReZeroModel(ReZeroPreTrainedModel):
 class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):
     """Next-token prediction; `labels` (B, T) are the `input_ids`, shifted inside, -100 where no loss is wanted.
 
-    With `skip_logits` and labels the output has a loss and no logits: they are never held all at once, which matters
-    for large vocabularies.
+    With `skip_logits` and labels the output has a loss and no logits: at most 2^26 of them are held at a time, which
+    matters for large vocabularies.
 
     Example:
         >>> import torch
