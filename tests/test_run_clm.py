@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -144,17 +143,32 @@ def test_an_earlier_run_is_never_overwritten(text, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious.txt"]
 
 
+# dies in the middle of checkpoint-40, which has its weights but no optimizer
+KILLED_RUN = """
+import os, signal, sys
+import torch
+import run_clm
+
+save = torch.save
+
+def save_or_die(value, file, **options):
+    if "checkpoint-40" in str(file):
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(value, file, **options)
+
+torch.save = save_or_die
+run_clm.main(sys.argv[1:])
+"""
+
+
 @pytest.mark.parametrize("optim", [{}, {"optim": "gc+lookahead+adamw_torch", "optim_args": "lookahead_k=7"}])
 def test_a_killed_run_resumes_to_the_same_weights(text, tmp_path, optim):
     options = {"max_steps": 90, "save_steps": 20, "save_total_limit": 2, "resweight_learning_rate": 0.02, **optim}
     run_clm.main(arguments(text, tmp_path / "whole", **options))
-    command = [sys.executable, str(SCRIPTS / "run_clm.py"), *arguments(text, tmp_path / "killed", **options)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env) as process:
-        while not (tmp_path / "killed" / "checkpoint-40" / "model.safetensors").exists():
-            assert process.poll() is None
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
+    command = [sys.executable, "-c", KILLED_RUN, *arguments(text, tmp_path / "killed", **options)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS)}
+    assert subprocess.run(command, env=env).returncode == -signal.SIGKILL
+    assert (tmp_path / "killed" / "checkpoint-40" / "model.safetensors").exists()
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     run_clm.main(arguments(text, tmp_path / "killed", resume_from_checkpoint="true", **options))
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
