@@ -74,7 +74,11 @@ def connect(w, layer, name, x, branch, config):
 
 def rezero_logits(w, config, ids, memory=None):
     """Logits of the language model from its state dict `w`."""
-    acts = {"gelu_pytorch_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"), "relu": torch.relu}
+    acts = {
+        "gelu": lambda y: y * (1 + torch.erf(y / 2**0.5)) / 2,
+        "gelu_pytorch_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
+        "relu": torch.relu,
+    }
     x = w["model.embed_tokens.weight"][ids]
     if config.tie_word_embeddings:
         x = x * config.embedding_std / config.initializer_range

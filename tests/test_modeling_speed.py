@@ -59,18 +59,21 @@ def test_numbers_saved_for_the_backward_pass(values, bound):
     assert output.requires_grad and sum(kept.values()) / (ids.numel() * 32 * 16) < bound
 
 
-@pytest.mark.parametrize("kind", ["causal", "full", "padded"])
-def test_batched_matmul_attention_is_that_of_sdpa(kind):
+@pytest.mark.parametrize(("kind", "length"), [("causal", 10), ("causal", 600), ("full", 300), ("padded", 10)])
+def test_batched_matmul_attention_is_that_of_sdpa(kind, length):
     module = model_of(is_causal=kind == "causal").model.layers[0].self_attn
-    query, key, value = torch.randn(3, 2, 4, 10, 8).unbind()
+    inputs = torch.randn(3, 2, 4, length, 8, requires_grad=True)
     mask = None
     if kind == "padded":
         mask = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()
         mask[1, :, :, :3] = False
         mask[1, :, :3, 0] = True
-    expected = nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=kind == "causal")
-    found, _ = batched_matmul_attention(module, query, key, value, mask, scaling=8**-0.5)
-    torch.testing.assert_close(found, expected.transpose(1, 2))
+    expected = nn.functional.scaled_dot_product_attention(*inputs, mask, is_causal=kind == "causal").transpose(1, 2)
+    found, _ = batched_matmul_attention(module, *inputs, mask, scaling=8**-0.5)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((output * weights).sum(), inputs)[0] for output in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_batched_matmul_attention_trains_in_bfloat16_on_a_cpu_only(monkeypatch):
