@@ -2,16 +2,19 @@
 
     python scripts/reproduce/model_speed.py
 
-Everything is a ratio within one run: the arms take turns, a ratio is the median over the rounds, and GPT-2 as transformers ships
-it (sdpa, gelu_new, dropout 0) is 1. One thread and its processor time, so that other work on the machine counts less. ReZero
+Everything is a ratio within one round: the arms take turns, a ratio is the median over the rounds of several processes, and
+GPT-2 as transformers ships it (sdpa, gelu_new, dropout 0) is 1. One thread and its processor time, so that other work on the machine counts less. ReZero
 is folded (`fold_resweight_`) for inference. Memory is what autograd saves for the backward pass, in units of width numbers for
 each token and layer.
 """
 
 import argparse
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -122,13 +125,12 @@ def saved_activations(model: nn.Module, ids: torch.Tensor, layers: int, width: i
     return sum(kept.values()) / 4 / (ids.numel() * layers * width)
 
 
-def measure(case: str, name: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds and speed against GPT-2 of every arm, or what each saves."""
-    layers, width, heads, tokens, batch, small_batch = CASES[case]
+def seconds_of(case: Sequence[int], name: str, rounds: int) -> dict[str, list[float]]:
+    """Processor time of every arm in each round."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    layers, width, heads, tokens, batch, small_batch = case
     models, ids = builders(layers, width, heads, tokens), torch.randint(0, 256, (batch, tokens))
-    if name == "saved":
-        kept = {arm: saved_activations(build(), ids, layers, width) for arm, build in models.items()}
-        return {arm: {"saved": round(value, 2)} for arm, value in kept.items()}
     if name == "generate":
         del models["nn.TransformerEncoder"]
     if name.startswith("train"):
@@ -137,32 +139,50 @@ def measure(case: str, name: str, rounds: int) -> dict[str, dict[str, float]]:
         rows = ids[: 1 if name in ("one_token", "generate") else small_batch]
         steps = {arm: inference(build(), rows, name) for arm, build in models.items()}
     times = {arm: [] for arm in steps}
-    for _ in range(rounds + 1):
+    for _ in range(1 + (rounds if name.startswith("train") else 5 * rounds)):
         for arm, step in steps.items():
             start = time.process_time()
             step()
             times[arm].append(time.process_time() - start)
-    first = times["GPT-2"][1:]
-    speeds = {arm: median(a / b for a, b in zip(first, taken[1:], strict=True)) for arm, taken in times.items()}
-    return {arm: {"ms": round(1000 * median(times[arm][1:]), 2), "speed": round(speeds[arm], 3)} for arm in times}
+    return {arm: taken[1:] for arm, taken in times.items()}
+
+
+def speeds(case: str, name: str, rounds: int, processes: int) -> dict[str, dict[str, float]]:
+    """Milliseconds and speed against GPT-2 of every arm, over `rounds` in each of several fresh processes."""
+    times = defaultdict(list)
+    for _ in range(processes):
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            for arm, taken in fresh.submit(seconds_of, CASES[case], name, rounds).result().items():
+                times[arm] += taken
+    ratios = {arm: median(a / b for a, b in zip(times["GPT-2"], times[arm], strict=True)) for arm in times}
+    return {arm: {"ms": round(1000 * median(times[arm]), 2), "speed": round(ratios[arm], 3)} for arm in times}
+
+
+def saved(case: str) -> dict[str, dict[str, float]]:
+    """What every arm saves."""
+    layers, width, heads, tokens, batch, _ = CASES[case]
+    ids = torch.randint(0, 256, (batch, tokens))
+    models = builders(layers, width, heads, tokens)
+    return {arm: {"saved": round(saved_activations(build(), ids, layers, width), 2)} for arm, build in models.items()}
 
 
 def main() -> None:
     """Measure what the result file lacks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=4, help="in each process; five times as many without training")
+    parser.add_argument(
+        "--processes", type=int, default=3, help="fresh ones: the state of a heap moves a ratio by 0.2"
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=MEASURES)
     parser.add_argument("--output", type=Path, default=RESULTS / "model_speed.json")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     results = read_json(args.output) or {"results": {}}
     for case in args.cases:
         for name in args.measures:
             found = results["results"].setdefault(case, {})
             if name not in found:
-                torch.manual_seed(0)
-                found[name] = measure(case, name, args.rounds)
+                found[name] = saved(case) if name == "saved" else speeds(case, name, args.rounds, args.processes)
                 write_json(args.output, results | {"provenance": provenance()})
             print(
                 case, name, {arm: row.get("speed", row.get("saved")) for arm, row in found[name].items()}, flush=True
