@@ -36,7 +36,7 @@ def speed_goals(speeds: dict) -> list[list[str]]:
 
     seconds = read_json(RESULTS / "import_time.json")["seconds"]
     saved = speeds["results"]["12 x 512"]["saved"]["ReZero, learned positions"]["saved"]
-    relu = {measure: ratio(measure, "128 x 64", "ReZero, relu") for measure in ("train", "infer")}
+    relu = {measure: ratio(measure, "128 x 64", "ReZero, relu") for measure in ("train", "infer", "one_token")}
     return [
         ["12 x 512, training, fp32, times GPT-2", "1.10", ratio("train", "12 x 512"), ""],
         [
@@ -49,7 +49,12 @@ def speed_goals(speeds: dict) -> list[list[str]]:
         ["128 x 64, training, bf16", "2", ratio("train_bf16", "128 x 64"), ""],
         ["12 x 512, inference, folded", "1.05", ratio("infer", "12 x 512"), ""],
         ["128 x 64, inference, folded", "1.35", ratio("infer", "128 x 64"), f"gelu; with relu {relu['infer']}"],
-        ["128 x 64, one token", "2.5", ratio("one_token", "128 x 64"), "probably calls of modules in Python"],
+        [
+            "128 x 64, one token",
+            "2.5",
+            ratio("one_token", "128 x 64"),
+            f"probably calls of modules in Python; with relu {relu['one_token']}",
+        ],
         ["saved numbers per token, layer and width", "14.2", f"{saved:.1f}", ""],
         [
             "import, seconds over `import transformers`",

@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4, help="in each process; five times as many without training")
     parser.add_argument(
-        "--processes", type=int, default=3, help="fresh ones: the state of a heap moves a ratio by 0.2"
+        "--processes", type=int, default=3, help="fresh ones: from one to the next a ratio moves by 0.1"
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=MEASURES)
