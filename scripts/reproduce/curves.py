@@ -27,6 +27,12 @@ def runs_of(results: dict, arm: str) -> list[dict]:
     ]
 
 
+def mean_steps_to(results: dict, arm: str, target: float) -> float | None:
+    """The mean over the seeds of the steps to the target, None if one of them never gets there."""
+    steps = [steps_to(run["curve"], target) for run in runs_of(results, arm)]
+    return None if None in steps else float(np.mean(steps))
+
+
 def mean_curve(results: dict, arm: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Steps and smoothed loss, the mean of the seeds at the best learning rate; None where all of them diverged."""
     curves = [smooth(run["curve"]) for run in runs_of(results, arm) if len(run["curve"]) > 5]

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from statistics import fmean, median
 
-from curves import STRIDE, runs_of, steps_to
+from curves import STRIDE, mean_steps_to, runs_of
 from goals import goals
 from record import RESULTS, read_json
 
@@ -283,8 +283,8 @@ def _steps_to_losses(results: dict, head: str, targets: tuple[float, ...]) -> li
     rows[0] += [f"steps to {target} bpb" for target in targets]
     for row, arm in zip(rows[1:], results["best"], strict=True):
         for target in targets:
-            steps = [steps_to(run["curve"], target) for run in runs_of(results, arm)]
-            row.append("not reached" if None in steps else f"{fmean(steps):.0f}")
+            steps = mean_steps_to(results, arm, target)
+            row.append("not reached" if steps is None else f"{steps:.0f}")
     return rows
 
 
