@@ -3,9 +3,9 @@
     python scripts/reproduce/model_speed.py
 
 Everything is a ratio within one round: the arms take turns, a ratio is the median over the rounds of several processes, and
-GPT-2 as transformers ships it (sdpa, gelu_new, dropout 0) is 1. The processes give no memory back to the system. One thread and its processor time, so that other work on the machine counts less. ReZero
-is folded (`fold_resweight_`) for inference. Memory is what autograd saves for the backward pass, in units of width numbers for
-each token and layer.
+GPT-2 as transformers ships it (sdpa, gelu_new, dropout 0) is 1. One thread and its processor time, so that other work on
+the machine counts less; no memory goes back to the system. ReZero is folded (`fold_resweight_`) for inference. Memory is
+what autograd saves for the backward pass, in units of width numbers for each token and layer.
 """
 
 import argparse
