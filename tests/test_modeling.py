@@ -31,7 +31,7 @@ VARIANTS = {
        for p, t in [("pre", "rmsnorm"), ("post", "dyt"), ("branch", "rmsnorm"), ("pre", "dyt")]},
     "rotary": {"position_embedding_type": "rotary"},
     "sinusoidal": {"position_embedding_type": "sinusoidal"},
-    "gelu by tanh": {"hidden_act": "gelu_pytorch_tanh"},
+    "gelu": {"hidden_act": "gelu"},
     "tied": {"tie_word_embeddings": True, "position_embedding_type": "learned"},
     "per sublayer": {"resweight_sharing": "sublayer"},
     "biases, relu": {"attention_bias": True, "mlp_bias": True, "hidden_act": "relu"},

@@ -25,7 +25,7 @@ VARIANTS = {
     "resweight_init 0.125 (1/sqrt(2 layers))": {"resweight_init": 0.125},
     "ReZero + pre-norm": {"norm_position": "pre", "final_norm": False},
     "ReLU": {"hidden_act": "relu"},
-    "GELU by tanh": {"hidden_act": "gelu_pytorch_tanh"},
+    "GELU by erf": {"hidden_act": "gelu"},
     "learned positions": {"position_embedding_type": "learned"},
 }
 

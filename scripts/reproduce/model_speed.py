@@ -66,7 +66,7 @@ def builders(layers: int, width: int, heads: int, tokens: int) -> dict[str, Call
     rezero = {"position_embedding_type": "learned", "resweight_init": 0.1, "eos_token_id": None}
     return {
         "GPT-2": lambda: GPT2LMHeadModel(GPT2Config(**gpt2)),
-        "GPT-2, fused gelu": lambda: GPT2LMHeadModel(GPT2Config(**gpt2, activation_function="gelu")),
+        "GPT-2, fused gelu": lambda: GPT2LMHeadModel(GPT2Config(**gpt2, activation_function="gelu_pytorch_tanh")),
         "Llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes, **llama)),
         "nn.TransformerEncoder": lambda: TorchEncoder(layers, width, heads, tokens),
         "ReZero, learned positions": lambda: ReZeroForCausalLM(ReZeroConfig(**sizes, **rezero)),
