@@ -59,7 +59,7 @@ def test_numbers_saved_for_the_backward_pass(values, bound):
     assert output.requires_grad and sum(kept.values()) / (ids.numel() * 32 * 16) < bound
 
 
-@pytest.mark.parametrize(("kind", "length"), [("causal", 10), ("causal", 600), ("full", 300), ("padded", 10)])
+@pytest.mark.parametrize(("kind", "length"), [("causal", 10), ("causal", 300), ("full", 300), ("padded", 10)])
 def test_batched_matmul_attention_is_that_of_sdpa(kind, length):
     module = model_of(is_causal=kind == "causal").model.layers[0].self_attn
     inputs = torch.randn(3, 2, 4, length, 8, requires_grad=True)

@@ -241,22 +241,14 @@ def batched_matmul_attention(
     attention_mask: torch.Tensor | None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """`eager_attention_forward` with the masks of sdpa: None for a causal or a full one, or booleans, True to attend.
-
-    A causal one goes by blocks of 256 queries, each with the keys up to its end: no product for what is masked behind.
-    """
+    """`eager_attention_forward` with the masks of sdpa: None for a causal or a full one, or booleans, True to attend."""
     lowest = torch.finfo(query.dtype).min
     if attention_mask is None and module.is_causal and query.shape[2] > 1:
-        mask = query.new_full((query.shape[2], key.shape[2]), lowest).triu(1)
-        outputs = []
-        for start in range(0, query.shape[2], 256):
-            rows, seen = slice(start, start + 256), slice(start + 256)
-            block = query[:, :, rows], key[:, :, seen], value[:, :, seen], mask[rows, seen]
-            outputs.append(eager_attention_forward(module, *block, **kwargs)[0])
-        return torch.cat(outputs, dim=1), None
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = query.new_full((query.shape[2], key.shape[2]), lowest).triu(1)
+    elif attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = query.new_zeros(()).masked_fill(~attention_mask, lowest)
-    return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
+    output, _ = eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return output, None
 
 
 def flash_backward_is_slow(query: torch.Tensor, key: torch.Tensor) -> bool:
