@@ -138,6 +138,8 @@ def test_steps_to_a_loss_are_those_of_the_running_mean():
 
 def test_models_of_equal_dimensions_are_measured_against_the_first(tmp_path, monkeypatch):
     small = (2, 16, 2, 64, 2, 1)
+    for name, value in model_speed.KEEP_MEMORY.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setitem(model_speed.CASES, "128 x 64", small)
     words = ["--output", str(tmp_path / "o.json"), "--rounds", "2", "--processes", "2", "--cases", "128 x 64"]
     results = run(model_speed, monkeypatch, [*words, "--measures", "one_token", "saved"])["results"]["128 x 64"]

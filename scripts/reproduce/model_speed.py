@@ -35,7 +35,7 @@ CASES = {
     "128 x 256": (128, 256, 4, 128, 4, 1),
     "128 x 64": (128, 64, 4, 128, 4, 2),
 }
-# glibc reads them when a process starts: memory is kept, as page faults, whose price is the host's, moved ratios by 0.3
+# glibc reads them when a process starts: memory is kept, as the price of page faults is the host's
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str(2**34)}
 MEASURES = ["train", "train_bf16", "infer", "one_token", "generate", "saved"]
 

@@ -50,7 +50,6 @@ class ReZeroConfig(PreTrainedConfig):
         head_dim: Size of a head; `None` means `hidden_size // num_attention_heads`.
         intermediate_size: Width of the feed-forward layer; `None` means `4 * hidden_size`.
         hidden_act: A fused activation. `gelu_new` is refused: `gelu_pytorch_tanh` is the same function in one kernel.
-            On a CPU `gelu` takes less time for many tokens and more for a single one.
         is_causal: `True` for a decoder that never looks ahead, `False` for a bidirectional encoder.
         position_embedding_type: `rotary`, `learned` (a table of `max_position_embeddings` rows) or `sinusoidal`.
         resweight_init: Initial residual weight. 0 is the paper; with `1 / sqrt(2 * num_hidden_layers)`, which keeps
