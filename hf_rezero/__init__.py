@@ -1,8 +1,10 @@
 """ReZero for the Hugging Face ecosystem: very deep networks without normalisation layers and without warmup."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -10,6 +12,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.image_processing_auto import (
+    AutoImageProcessor,
+)  # 5.17's public name asks for torchvision
 
 from .data import load_corpus
 from .diagnostics import jacobian_spectrum
@@ -33,12 +38,33 @@ from .models.rezero_resnet.configuration_rezero_resnet import ReZeroResNetConfig
 from .models.rezero_resnet.modeling_rezero_resnet import ReZeroResNetForImageClassification, ReZeroResNetModel
 from .optim import LAMB, LARS, Muon, RAdam, Ranger, RangerLARS, centralize_gradients, lookahead, param_groups
 from .tokenization import byte_tokenizer
-from .trainer import ReZeroTrainer, ReZeroTrainingArguments
-from .trainer_gradinit import GradInitConfig
-from .trainer_pruning import PruningConfig
 
+
+if TYPE_CHECKING:
+    from .trainer import ReZeroTrainer, ReZeroTrainingArguments
+    from .trainer_gradinit import GradInitConfig
+    from .trainer_pruning import PruningConfig
 
 __version__ = "0.1.0"
+
+# the Trainer of transformers takes as long to import as everything else: it comes with its first use
+_WITH_TRAINER = {
+    "ReZeroTrainer": "trainer",
+    "ReZeroTrainingArguments": "trainer",
+    "GradInitConfig": "trainer_gradinit",
+    "PruningConfig": "trainer_pruning",
+}
+
+
+def __getattr__(name: str):
+    if name not in _WITH_TRAINER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_WITH_TRAINER[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 for config_class in (ReZeroConfig, ReZeroMLPConfig, ReZeroResNetConfig):
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

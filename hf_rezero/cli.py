@@ -3,13 +3,22 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import CONFIG_MAPPING, AutoConfig, HfArgumentParser, PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
 
 from .diagnostics import resweight_profile
 from .optim.naming import split_items
@@ -128,8 +137,10 @@ def load_model(
         config_values: Values for the config of either, such as the names of labels.
 
     Raises:
-        ValueError: Overrides for a checkpoint, a vocabulary without the bytes and special tokens, or too few positions.
+        ValueError: Overrides for a checkpoint, a checkpoint that reads other tokens than bytes, a vocabulary without the
+            bytes and special tokens, or too few positions.
     """
+    refuse_other_tokens(args)
     # the special tokens of a foreign model type would be among the bytes, or beyond the table
     special = {name: getattr(byte_tokenizer(), name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if not args.model_name_or_path:
@@ -137,6 +148,32 @@ def load_model(
     model = load_any_model(args, auto_class, {"vocab_size": 264, **special}, **config_values)
     _check_sizes(model.config, length)
     return model
+
+
+def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the checkpoint, or None."""
+    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
+    hub["trust_remote_code"] = args.trust_remote_code
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, **hub)
+    except (OSError, ValueError):
+        return None
+    # some classes, such as GPT-2's, come without vocabulary where there is no file
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
+
+
+def refuse_other_tokens(args: ModelArguments) -> None:
+    """Refuse a checkpoint whose tokenizer is not ours: the ids of bytes would be other tokens to it.
+
+    Raises:
+        ValueError: There is such a tokenizer beside the checkpoint.
+    """
+    tokenizer = load_tokenizer(args) if args.model_name_or_path else None
+    if tokenizer is not None and tokenizer.get_vocab() != byte_tokenizer().get_vocab():
+        raise ValueError(
+            f"{args.model_name_or_path} got its text as {len(tokenizer)} tokens of {type(tokenizer).__name__}, and this "
+            f"command reads bytes: choose a checkpoint of a byte model, or train this one with ReZeroTrainer in Python."
+        )
 
 
 def load_any_model(
@@ -178,6 +215,24 @@ def _check_sizes(config: PreTrainedConfig, length: int) -> None:
             f"inputs of {length} bytes are longer than the position table, max_position_embeddings="
             f"{config.max_position_embeddings}: use a smaller --block_size or --max_seq_length, or a larger table."
         )
+
+
+def check_purpose(args: ReZeroTrainingArguments) -> None:
+    """Refuse a run that would do nothing, and arguments that nothing would read.
+
+    Raises:
+        ValueError: None of --do_train, --do_eval and --do_predict, or --prune_* or --gradinit_* without what turns it on.
+    """
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise ValueError("there is nothing to do: give some of --do_train, --do_eval and --do_predict.")
+    for prefix, switch, is_on in (
+        ("prune_", "--prune_method l1 or l0", args.prune_method),
+        ("gradinit_", "--gradinit_steps", args.gradinit_steps),
+    ):
+        group = [f for f in fields(args) if f.name.startswith(prefix)]
+        given = [f"--{f.name}" for f in group if getattr(args, f.name) != f.default]
+        if given and not is_on:
+            raise ValueError(f"got {', '.join(given)}, which have no effect without {switch}: give it too, or none.")
 
 
 def check_output_dir(args: ReZeroTrainingArguments) -> str | bool | None:

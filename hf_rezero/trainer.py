@@ -88,8 +88,12 @@ class ReZeroTrainingArguments(TrainingArguments):
     prune_method: str | None = field(
         default=None, metadata={"help": "l1 or l0: learn masks during training and remove what they close."}
     )
-    prune_targets: str = field(
-        default="heads,neurons", metadata={"help": "Any of heads, neurons, channels, layers, sublayers, width."}
+    prune_targets: str | None = field(
+        default=None,
+        metadata={
+            "help": "Any of heads, neurons, channels, layers, sublayers, width; default: what the model has of the first "
+            "three."
+        },
     )
     prune_target_sparsity: float | None = field(
         default=None, metadata={"help": "Fraction of the prunable parameters that shall go."}
@@ -123,6 +127,8 @@ class ReZeroTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("bpb", "perplexity")):
             self.greater_is_better = False
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # or accelerate forms no group, and each process trains alone
         chosen = _check_optimizer(self.optim, self.optim_args)
         self.optim = OptimizerNames.ADAMW_TORCH  # whatever the parent accepts
         super().__post_init__()

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .pruning.groups import PruningGroup, find_groups
+from .pruning.groups import UNITS, PruningGroup, find_groups, search
 from .pruning.masks import Masks, attach_masks
 from .pruning.report import PruningReport, from_ranges
 from .pruning.sparsity import select
@@ -47,7 +47,7 @@ class PruningConfig:
 
     Attributes:
         method: "l1" or "l0".
-        targets: What to prune, see `find_groups`.
+        targets: What to prune, see `find_groups`; default: what the model has of heads, neurons and channels.
         target_sparsity: Fraction of the prunable parameters that shall go.
         lambda_: Fixed factor of the penalty, where there is no target.
         start_step: The masks come after so many steps; residual weights must have moved from 0 by then.
@@ -60,7 +60,7 @@ class PruningConfig:
     """
 
     method: str = "l1"
-    targets: tuple[str, ...] = ("heads", "neurons")
+    targets: tuple[str, ...] | None = None
     target_sparsity: float | None = None
     lambda_: float | None = None
     start_step: int = 0
@@ -104,6 +104,10 @@ class PruningConfig:
         if given["targets"] is not None:
             given["targets"] = tuple(target.strip() for target in given["targets"].split(","))
         return cls(**{name: value for name, value in given.items() if value is not None})
+
+    def targets_in(self, model: nn.Module) -> list[str]:
+        """The targets, or by default what the model has of heads, neurons and channels."""
+        return list(self.targets or (target for target, groups in search(model, UNITS).items() if groups))
 
     def steps(self, max_steps: int) -> Steps:
         """The schedule in a run of so many steps.
@@ -184,7 +188,8 @@ class Pruner(TrainerCallback):
 
     def state(self) -> dict:
         """What a checkpoint needs beside the weights, see `restore`."""
-        state = {"method": self.config.method, "targets": list(self.config.targets), "removed": self.removed}
+        targets = self.config.targets_in(self.trainer.model)
+        state = {"method": self.config.method, "targets": targets, "removed": self.removed}
         if self.masks is not None:
             state |= {"masks": self.masks.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.removed:
@@ -199,7 +204,7 @@ class Pruner(TrainerCallback):
         Raises:
             ValueError: It is from another kind of pruning.
         """
-        wanted = self.config.method, list(self.config.targets)
+        wanted = self.config.method, self.config.targets_in(self.trainer.model)
         if state and (state["method"], state["targets"]) != wanted:
             raise ValueError(
                 f"{checkpoint} prunes {', '.join(state['targets'])} by {state['method']}, and this run "

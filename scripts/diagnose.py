@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from grow import load
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoTokenizer, set_seed
+from transformers import AutoTokenizer, set_seed
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_rezero import load_corpus
 from hf_rezero.diagnostics import (

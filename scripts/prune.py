@@ -26,14 +26,15 @@ import numpy as np
 import torch
 from run_clm import DataArguments, first, load_bytes
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from hf_rezero import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
 from hf_rezero.cli import (
     ModelArguments,
     check_output_dir,
     evaluate_and_save,
-    load_model,
+    load_any_model,
+    load_tokenizer,
     parse_arguments,
     run,
 )
@@ -197,7 +198,7 @@ def load_checkpoint(args: ModelArguments, block_size: int) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
         load_pruned(folder, model)
     else:
-        model = load_model(args, AutoModelForCausalLM, block_size, is_causal=True)
+        model = load_any_model(args, AutoModelForCausalLM, {})
     architectures: list[str] = getattr(model.config, "architectures", None) or [type(model).__name__]
     if type(model).__name__ not in architectures:
         raise ValueError(
@@ -205,7 +206,8 @@ def load_checkpoint(args: ModelArguments, block_size: int) -> PreTrainedModel:
             f"with hf_rezero.pruning, or while they train, with the --prune_* arguments of the other scripts."
         )
     positions = getattr(model.config, "max_position_embeddings", None)
-    if model.config.model_type != "rezero" and positions is not None and block_size > positions:
+    has_table = getattr(model.config, "position_embedding_type", "learned") == "learned"
+    if has_table and positions is not None and block_size > positions:
         raise ValueError(f"--block_size {block_size} came: the model reads at most {positions} positions.")
     return model
 
@@ -232,18 +234,6 @@ def load_data(args: DataArguments, model_args: ModelArguments, config) -> Data:
         tokenizer,
         is_bytes,
     )
-
-
-def load_tokenizer(args: ModelArguments):
-    """The tokenizer beside the checkpoint, or None."""
-    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
-    hub["trust_remote_code"] = args.trust_remote_code
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, **hub)
-    except (OSError, ValueError):
-        return None
-    # some classes, such as GPT-2's, come without vocabulary where there is no file
-    return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
 
 def token_windows(tokenizer, data: np.ndarray, block_size: int) -> list[dict[str, torch.Tensor]]:
@@ -273,9 +263,9 @@ def prune_at_once(model: PreTrainedModel, data: Data, prune_args: PruneArguments
     return remove(model, groups, scores, args.prune_target_sparsity, data, prune_args, args)
 
 
-def targets(args: ReZeroTrainingArguments) -> list[str]:
+def targets(args: ReZeroTrainingArguments) -> list[str] | None:
     """The kinds of units to prune."""
-    return [name.strip() for name in args.prune_targets.split(",")]
+    return None if args.prune_targets is None else [name.strip() for name in args.prune_targets.split(",")]
 
 
 def score(model, groups, data: Data, prune_args: PruneArguments, args) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ from hf_rezero import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
 from hf_rezero.cli import (
     ModelArguments,
     check_output_dir,
+    check_purpose,
     load_model,
     parse_arguments,
     run,
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
         (ModelArguments, DataArguments, ReZeroTrainingArguments), __doc__.splitlines()[0], argv
     )
+    check_purpose(training_args)
     checkpoint = check_output_dir(training_args)
     set_seed(training_args.seed)
     tokenizer = byte_tokenizer(model_max_length=data_args.max_seq_length)

@@ -18,6 +18,7 @@ from hf_rezero import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer, lo
 from hf_rezero.cli import (
     ModelArguments,
     check_output_dir,
+    check_purpose,
     evaluate_and_save,
     load_model,
     parse_arguments,
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
         (ModelArguments, DataArguments, ReZeroTrainingArguments), __doc__.splitlines()[0], argv
     )
+    check_purpose(training_args)
     checkpoint = check_output_dir(training_args)
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="reading the corpus"):

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from hf_rezero import ReZeroTrainer, ReZeroTrainingArguments
-from hf_rezero.cli import ModelArguments, check_output_dir, load_any_model, parse_arguments, run
+from hf_rezero.cli import ModelArguments, check_output_dir, check_purpose, load_any_model, parse_arguments, run
 from hf_rezero.images import (
     Augmentation,
     DecodedImages,
@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
         (ImageModelArguments, DataArguments, ReZeroTrainingArguments), __doc__.splitlines()[0], argv
     )
+    check_purpose(training_args)
     checkpoint = check_output_dir(training_args)
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="reading the images"):

@@ -4,11 +4,20 @@ Every residual weight here is off 0, where a model that ignores its input or its
 """
 
 import json
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launch import run_workers
 from PIL import Image
 from torch import nn
 from transformers import CompileConfig, ViTImageProcessorPil, pipeline
@@ -295,11 +304,93 @@ def test_what_the_transformers_backend_of_vllm_reads(make_model, tmp_path):
     assert sum(isinstance(module, nn.ModuleList) for module in model.model.children()) == 1
 
 
-def test_transformers_serve_loads_a_model_that_its_launcher_names(make_model, tmp_path, monkeypatch):
-    """`transformers serve` looks architectures up in the module `transformers`; docs/compatibility.md has the launcher."""
-    manager = pytest.importorskip("transformers.cli.serving.model_manager", reason="transformers has moved it")
-    make_model().save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    monkeypatch.setattr(manager.transformers, "ReZeroForCausalLM", ReZeroForCausalLM, raising=False)
-    model, tokenizer = manager.ModelManager(device="cpu").load_model_and_processor(f"{tmp_path}@main")
-    assert type(model) is ReZeroForCausalLM and tokenizer("a").input_ids == [97]
+def launcher_of_the_docs():
+    """The launcher for `transformers serve`, as docs/compatibility.md prints it."""
+    text = (Path(__file__).parent.parent / "docs" / "compatibility.md").read_text()
+    lines = re.search(r"## Serving.*?\n\n((?:    .*\n|\n)+)", text, re.DOTALL)[1].splitlines()
+    return "\n".join(line.removeprefix("    ") for line in lines) + "\n"
+
+
+def ask(port, folder):
+    """One chat completion of eight tokens, once the server answers."""
+    body = {
+        "model": str(folder),
+        "messages": [{"role": "user", "content": "to be"}],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
+    url, headers = f"http://127.0.0.1:{port}/v1/chat/completions", {"content-type": "application/json"}
+    for _ in range(120):
+        try:
+            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+            return json.load(urllib.request.urlopen(request, timeout=60))["choices"][0]["message"]["content"]
+        except urllib.error.URLError:
+            time.sleep(0.5)
+    raise TimeoutError("the server does not answer")
+
+
+def test_the_documented_launcher_serves_a_model(make_model, tmp_path):
+    pytest.importorskip("fastapi", reason="transformers serve needs fastapi, uvicorn and openai")
+    model, tokenizer = make_model(initializer_range=1.0), byte_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    (tmp_path / "serve.py").write_text(launcher_of_the_docs())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "serve.py", "serve", str(tmp_path), "--port", str(port)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            answer = ask(port, tmp_path)
+        finally:
+            server.terminate()
+    ids = tokenizer("to be", return_tensors="pt").input_ids
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert answer == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+# tensor parallelism
+
+TRAIN_IN_PARTS = """
+import sys, torch, torch.distributed as dist
+torch.set_num_threads(1)
+import hf_rezero
+from transformers import AutoModelForCausalLM
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").train()
+ids = torch.load(folder + "/ids.pt")
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+losses = []
+for _ in range(3):
+    loss = model(ids, labels=ids).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.detach())
+shares = {type(p.data).__name__ for p in model.model.layers.parameters()}
+assert shares == {"DTensor", "Tensor"}, shares
+gates = torch.stack([p.detach() for n, p in model.named_parameters() if n.endswith("resweight")])
+torch.save({"losses": torch.stack(losses), "gates": gates}, f"{folder}/rank{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensor_parallel_training_equals_one_process(make_model, ids, tmp_path, tied):
+    model = make_model(tie_word_embeddings=tied, num_key_value_heads=2).train()
+    model.save_pretrained(tmp_path)
+    torch.save(ids, tmp_path / "ids.pt")
+    run_workers(TRAIN_IN_PARTS, tmp_path, processes=2)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for _ in range(3):
+        losses.append(model(ids, labels=ids).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    gates = torch.stack([p.detach() for name, p in model.named_parameters() if name.endswith("resweight")])
+    assert losses[2] < losses[0]
+    for rank in range(2):
+        result = torch.load(tmp_path / f"rank{rank}.pt")
+        torch.testing.assert_close(result["losses"], torch.stack(losses).detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result["gates"], gates, rtol=1e-4, atol=1e-5)

@@ -194,7 +194,7 @@ def test_checkpointing_changes_neither_loss_nor_gradients_nor_statistics(kind):
         torch.manual_seed(0)
         model = stir(REZERO_IMAGE[kind]().double()).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         for _ in range(2):
             loss = model(torch.ones(2, 3, 8, 8).double() * torch.arange(8), labels=torch.tensor([0, 1])).loss
             loss.backward()
@@ -210,7 +210,7 @@ def test_a_step_keeps_only_the_inputs_of_the_segments():
     for checkpointing in (False, True):
         model = ReZeroMLPForImageClassification(config).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         parameters, sizes = {p.data_ptr() for p in model.parameters()}, []
         pack = lambda t, seen=parameters, sizes=sizes: sizes.append(t.numel() * (t.data_ptr() not in seen)) or t  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

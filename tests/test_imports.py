@@ -26,12 +26,13 @@ ALLOWED = {
     "images.py": {"torch", "numpy", "datasets", "PIL"},
     "schedules.py": {"torch", "numpy"},
     "layers.py": {"torch"},
+    **{f"structure/{path.name}": {"torch"} for path in PACKAGE.glob("structure/*.py")},
     **{
         f"optim/{path.name}": {"torch", *(p.stem for p in path.parent.glob("*.py"))}
         for path in PACKAGE.glob("optim/*.py")
     },
     **{
-        f"pruning/{path.name}": {"torch", *(p.stem for p in path.parent.glob("*.py"))}
+        f"pruning/{path.name}": {"torch", "structure", *(p.stem for p in path.parent.glob("*.py"))}
         | ({"safetensors"} if path.stem == "storage" else set())
         for path in PACKAGE.glob("pruning/*.py")
     },

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, EncoderDecoderModel, StaticCache
 
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, ReZeroModel
@@ -158,6 +159,7 @@ def test_cached_logits_equal_uncached_ones(make_model, ids, layout, attention):
     check_cache(make_model(LAYOUTS[layout], head_dim=8, attn_implementation=attention), ids)
 
 
+@pytest.mark.skipif(transformers.__version__ < "5.18", reason="transformers 5.17 cannot crop an empty slot of a cache")
 def test_empty_slots_survive_the_work_of_a_cache(make_model, ids):
     model = make_model(LAYOUTS["unequal"])
     cache = model(ids[:, :12], use_cache=True).past_key_values
@@ -286,7 +288,7 @@ def test_a_zero_for_all_layers_needs_layers_of_their_own():
         ({"per_layer_config": {1: {"intermediate_size": None}}}, "sets intermediate_size=None: .*a whole number"),
         ({"per_layer_config": {1: {"intermediate_size": "9"}}}, "sets intermediate_size='9': .*a whole number"),
         ({"per_layer_config": {1: {"hidden_size": 16}}}, "sets hidden_size=16: a layer may have its own num_att"),
-        ({"per_layer_config": {1: {"skip": ["mlp"]}}}, r"sets skip=\['mlp'\]: a layer may have its own num_att"),
+        ({"per_layer_config": {1: {"skip": ["norm"]}}}, r"got skip=\['norm'\]: expected a list with some of attent"),
         ({"per_layer_config": {3: NO_ATTENTION}}, r"in the range \[0, 3\); got \[3\]"),
         ({"intermediate_size": 0}, "intermediate_size=0 came for every layer: give a positive number"),
         ({"num_attention_heads": 0, "head_dim": 8}, "num_attention_heads=0 came for every layer"),

@@ -8,7 +8,7 @@ import torch
 from pruning_models import WITH_UNITS, build, rezero, set_masks, stir
 from torch import nn
 
-from hf_rezero.pruning import L0MaskLayer, L1MaskLayer, attach_masks, finalize_masks, find_groups
+from hf_rezero.pruning import L0MaskLayer, L1MaskLayer, attach_masks, finalize_masks, find_groups, remove_pruned_
 from hf_rezero.pruning.activations import output_of
 
 
@@ -362,3 +362,30 @@ def test_weights_are_their_own_again_after_a_failed_forward_pass():
     with pytest.raises(RuntimeError):
         model(torch.ones(1, 6))
     assert model[2].weight is weight and isinstance(model[2].weight, nn.Parameter)
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("l1", {"lambda_": 0.1}), ("l1", {"target_sparsity": 0.3, "alternate_steps": 3}), ("l0", {"target_sparsity": 0.3}),
+    ("l1", {"lambda_": 0.1, "sphere": True}),
+])  # fmt: skip
+def test_training_goes_on_after_the_masks_are_decided(kind, options):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    masks = attach_masks(net, find_groups(net), kind, **options)
+    with torch.no_grad():
+        for parameter in masks.layer.parameters():
+            parameter[:3] = -9.0 if kind == "l0" else 0.0
+    finalize_masks(masks)
+    optimizer, x = torch.optim.SGD(net.parameters(), lr=0.1), torch.randn(6, 4)
+    for _ in range(4):
+        before, expected = net[0].weight.detach().clone(), net(x).square().mean()
+        loss = expected + masks.penalty()
+        assert loss == expected, "nothing pulls decided masks"
+        optimizer.zero_grad()
+        loss.backward()
+        masks.before_step()
+        optimizer.step()
+        masks.after_step()
+        assert not torch.equal(net[0].weight, before)
+        assert torch.equal(masks.openness()["0"], torch.tensor([0.0] * 3 + [1.0] * 5))
+    assert masks.polarisation() == 0 and 0 < float(masks.expected_sparsity()) < 1
+    assert remove_pruned_(net, masks).method == kind and net[0].out_features == 5

@@ -413,3 +413,28 @@ def test_models_that_are_not_plain_floats_are_refused(quantise):
         model[0].weight = nn.Parameter(model[0].weight.to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="floating point first"):
         find_groups(model)
+
+
+def test_constants_of_a_group_that_stays_whole_change_nothing():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    groups, x = find_groups(net), torch.randn(5, 4)
+    constants, expected = mean_activations(net, groups, [x]), net(x)
+    prune_(net, groups, {"0": torch.arange(8)}, constants=constants)
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_a_quantizer_does_not_make_floating_point_weights_quantised():
+    """As after loading a GGUF file; the tensors of a quantised model are what cannot be cut."""
+    model = rezero()
+    model.hf_quantizer = object()
+    assert {group.kind for group in find_groups(model)} == {"heads", "neurons"}
+    model.lm_head.weight.data = model.lm_head.weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="lm_head.weight is a Tensor of torch.float8_e4m3fn"):
+        find_groups(model)
+
+
+def test_a_target_that_no_rule_finds_is_named():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert [group.kind for group in find_groups(net)] == ["neurons"]
+    with pytest.raises(ValueError, match="no rule finds heads in Sequential: leave them out"):
+        find_groups(net, ["heads", "neurons"])

@@ -22,7 +22,8 @@ NAMES = f"""
 import sys, torch
 from pathlib import Path
 from unittest.mock import patch
-from transformers import AutoImageProcessor, AutoTokenizer, ViTImageProcessorPil
+from transformers import AutoTokenizer, ViTImageProcessorPil
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from hf_rezero import *
 from hf_rezero.hub import *
 from hf_rezero.pruning import find_groups, magnitude, prune_, select

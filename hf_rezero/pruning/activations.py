@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..structure.modes import modes_kept
 from .groups import BATCH_NORM, PruningGroup
 
 
 @torch.no_grad()
 def output_of(model: nn.Module, batch: Any) -> torch.Tensor:
     """What the model predicts in eval mode for a tensor, or for keyword arguments: its logits or its first output."""
-    was_training = model.training
-    model.eval()
-    output = model(**batch) if isinstance(batch, Mapping) else model(batch)
-    model.train(was_training)
+    with modes_kept(model):
+        model.eval()
+        output = model(**batch) if isinstance(batch, Mapping) else model(batch)
     if isinstance(output, torch.Tensor):
         return output
     logits = getattr(output, "logits", None)
@@ -34,20 +34,21 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
         ValueError: No batch came.
     """
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.track_running_stats]
-    momenta, modes = [norm.momentum for norm in norms], [(m, m.training) for m in model.modules()]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative mean
-        norm.train()
+    momenta = [norm.momentum for norm in norms]
     seen = 0
-    for batch in batches:
-        model(**batch) if isinstance(batch, Mapping) else model(batch)
-        seen += 1
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for module, mode in modes:
-        module.training = mode
+    with modes_kept(model):
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative mean
+            norm.train()
+        try:
+            for batch in batches:
+                model(**batch) if isinstance(batch, Mapping) else model(batch)
+                seen += 1
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
     if not seen and norms:
         raise ValueError("no batches came: the running statistics of batch norm need at least one.")
 

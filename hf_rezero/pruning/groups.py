@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 
-TARGETS = ("heads", "neurons", "channels", "layers", "sublayers", "width")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+UNITS = ("heads", "neurons", "channels")
+TARGETS = (*UNITS, "layers", "sublayers", "width")
 PASSING = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus),
     *(nn.Hardswish, nn.Mish, nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
@@ -84,7 +87,7 @@ class PruningGroup:
     gates: tuple[tuple[str, ...], ...] = ()
 
 
-def find_groups(model: nn.Module, targets: Sequence[str] = ("heads", "neurons", "channels")) -> list[PruningGroup]:
+def find_groups(model: nn.Module, targets: Sequence[str] | None = None) -> list[PruningGroup]:
     """Everything of the wanted kinds that can be removed exactly.
 
     - heads: whole key/value groups of every attention with separate projections, or GPT-2's fused one
@@ -96,10 +99,12 @@ def find_groups(model: nn.Module, targets: Sequence[str] = ("heads", "neurons", 
     Args:
         model: ReZero models, GPT-2, BERT, RoBERTa, DistilBERT, Llama and its like, conv nets of `Sequential`s and
             residual blocks; other models by `PruningGroup`s of your own.
-        targets: Any of heads, neurons, channels, layers, sublayers, width.
+        targets: Any of heads, neurons, channels, layers, sublayers, width; by default what the model has of the first
+            three.
 
     Raises:
-        ValueError: An unknown target, a model for which there is no rule, or quantised or sharded weights.
+        ValueError: An unknown target, one for which no rule finds anything in this model, or quantised or sharded
+            weights.
 
     Example:
         >>> from torch import nn
@@ -108,10 +113,22 @@ def find_groups(model: nn.Module, targets: Sequence[str] = ("heads", "neurons", 
         >>> [(group.name, group.kind, group.num_units) for group in find_groups(net)]
         [('3', 'neurons', 5), ('0', 'channels', 8)]
     """
-    unknown = [target for target in targets if target not in TARGETS]
-    if unknown or not targets:
-        raise ValueError(f"targets={tuple(targets)} came: expected some of {', '.join(TARGETS)}.")
+    wanted = UNITS if targets is None else tuple(targets)
+    if not wanted or not set(wanted) <= set(TARGETS):
+        raise ValueError(f"targets={wanted} came: expected some of {', '.join(TARGETS)}.")
     _check_plain(model)
+    found = search(model, wanted)
+    missing = [target for target, groups in found.items() if not groups]
+    if missing and (targets is not None or len(missing) == len(found)):
+        raise ValueError(
+            f"no rule finds {', '.join(missing)} in {type(model).__name__}: leave them out of the targets, or describe "
+            f"them in PruningGroups of your own."
+        )
+    return [group for groups in found.values() for group in groups]
+
+
+def search(model: nn.Module, targets: Sequence[str]) -> dict[str, list[PruningGroup]]:
+    """What the rules find, by target in the order of `TARGETS`; empty where they find nothing."""
     rules: dict[str, Callable[[nn.Module], Iterable[PruningGroup]]] = {
         "heads": _heads,
         "neurons": _neurons,
@@ -120,25 +137,18 @@ def find_groups(model: nn.Module, targets: Sequence[str] = ("heads", "neurons", 
         "sublayers": _sublayers,
         "width": _width,
     }
-    groups = [group for target in TARGETS if target in targets for group in rules[target](model)]
-    if not groups:
-        raise ValueError(
-            f"no rule finds {', '.join(targets)} in {type(model).__name__}: choose other targets, or describe its "
-            f"units in PruningGroups of your own."
-        )
-    return groups
+    return {target: list(rules[target](model)) for target in TARGETS if target in targets}
 
 
 def _check_plain(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        plain = type(parameter.data).__name__ == "Tensor" and parameter.is_floating_point()
+        # the tensors decide: a model read from GGUF has a quantizer and weights in floating point
+        plain = type(parameter.data) is torch.Tensor and parameter.dtype in FLOATS
         if not plain or parameter.is_meta:
             raise ValueError(
                 f"{name} is a {type(parameter.data).__name__} of {parameter.dtype} on {parameter.device}: prune the "
                 f"whole model in floating point first, then quantise it or share it out."
             )
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("the model is quantised: prune it in floating point first, then quantise it.")
 
 
 def child(module: nn.Module, name: str) -> nn.Module | None:

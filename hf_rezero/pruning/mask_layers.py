@@ -10,7 +10,45 @@ STRETCH = -0.1, 1.1
 LOG_RATIO = math.log(-STRETCH[0] / STRETCH[1])  # -2.398
 
 
-class L1MaskLayer(nn.Module):
+class MaskLayer(nn.Module):
+    """One factor for each unit; what is written here is that of decided ones, which nothing pulls and nothing catches.
+
+    Attributes:
+        kind: The name in `attach_masks`.
+        catches: Whether `catch` closes units for good, so that it must wait where a target is met without them.
+    """
+
+    kind: str
+    catches = False
+
+    def estimate(self) -> torch.Tensor:
+        """The factors without noise."""
+        raise NotImplementedError
+
+    def penalties(self) -> torch.Tensor:
+        """The penalty of each unit."""
+        return torch.zeros_like(self.estimate())
+
+    def openness(self) -> torch.Tensor:
+        """How open each unit is, 0 to 1."""
+        return (self.estimate() != 0).float()
+
+    def scores(self) -> torch.Tensor:
+        """Higher is more useful."""
+        return self.estimate().abs()
+
+    def undecided(self) -> float:
+        """The fraction of gates that are neither surely open nor surely closed."""
+        return 0.0
+
+    def settle(self) -> None:
+        """Put back what a step of the optimizer must not move."""
+
+    def catch(self, protected: torch.Tensor) -> None:
+        """Close for good what has become small, except units of `protected`."""
+
+
+class L1MaskLayer(MaskLayer):
     """Factors that start at 1 and are pulled to 0 by their absolute values; small ones are caught there.
 
     Args:
@@ -23,6 +61,7 @@ class L1MaskLayer(nn.Module):
     """
 
     kind = "l1"
+    catches = True
 
     def __init__(self, num_units: int, capture: float = 0.02):
         super().__init__()
@@ -37,17 +76,9 @@ class L1MaskLayer(nn.Module):
         """|m| of each unit."""
         return self.mask.abs()
 
-    def openness(self) -> torch.Tensor:
-        """Whether each unit is still there."""
-        return (self.mask.detach() != 0).float()
-
     def estimate(self) -> torch.Tensor:
         """The factors as they are."""
         return self.mask.detach().clone()
-
-    def scores(self) -> torch.Tensor:
-        """Higher is more useful."""
-        return self.mask.detach().abs()
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -60,7 +91,7 @@ class L1MaskLayer(nn.Module):
         self.settle()
 
 
-class L0MaskLayer(nn.Module):
+class L0MaskLayer(MaskLayer):
     """Hard-concrete gates (Louizos et al. 2017, arXiv:1712.01312, equations 10 to 13).
 
     u ~ U(0, 1), s = sigmoid((log u - log(1 - u) + log_alpha) / beta), z = min(1, max(0, 1.2 s - 0.1)). The penalty is
@@ -126,6 +157,10 @@ class L0MaskLayer(nn.Module):
         """Higher is more useful."""
         return self.log_alpha.detach()
 
+    def undecided(self) -> float:
+        """The fraction of gates that are neither surely open nor surely closed."""
+        return float((self.log_alpha.detach().abs() < -LOG_RATIO).float().mean())
+
     @torch.no_grad()
     def settle(self) -> None:
         """Keep the locations where the penalty has a gradient."""
@@ -142,13 +177,17 @@ def _stretch(s: torch.Tensor) -> torch.Tensor:
     return (s * (high - low) + low).clamp(0, 1)
 
 
-class FixedMaskLayer(nn.Module):
-    """Factors that are decided."""
+class FixedMaskLayer(MaskLayer):
+    """Factors that are decided.
 
-    kind = "fixed"
+    Args:
+        factors: One for each unit.
+        kind: That of the layer that learned them.
+    """
 
-    def __init__(self, factors: torch.Tensor):
+    def __init__(self, factors: torch.Tensor, kind: str):
         super().__init__()
+        self.kind = kind
         self.register_buffer("factors", factors)
 
     def forward(self, num_examples: int | None = None) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .groups import Cut, PruningGroup
-from .mask_layers import LOG_RATIO, FixedMaskLayer, L0MaskLayer, L1MaskLayer
+from .mask_layers import FixedMaskLayer, L0MaskLayer, L1MaskLayer, MaskLayer
 from .schedule import Penalty, make_penalty
 from .sparsity import Sizes, keep_above, of_kind, openness_of, select, unit_costs
 
@@ -42,7 +42,7 @@ class Masks(nn.Module):
         self,
         model: nn.Module,
         groups: Sequence[PruningGroup],
-        layer: "L1MaskLayer | L0MaskLayer",
+        layer: MaskLayer,
         weights: torch.Tensor,
         pull: Penalty,
         *,
@@ -125,7 +125,7 @@ class Masks(nn.Module):
     def _beyond_target(self) -> torch.Tensor:
         """L1 masks that may be small and must not be caught yet: the target of this step is met without them."""
         closed = self.layer.scores() == 0
-        if self.layer.kind != "l1" or self.pull.target_sparsity is None:
+        if not self.layer.catches or self.pull.target_sparsity is None:
             return torch.zeros_like(closed)
         order = self.layer.scores().argsort(stable=True)
         target = self.pull.warmup() * self.pull.target_sparsity
@@ -139,9 +139,7 @@ class Masks(nn.Module):
 
     def polarisation(self) -> float:
         """The fraction of L0 gates that are neither surely open nor surely closed; 0 for L1."""
-        if self.layer.kind == "l1":
-            return 0.0
-        return float((self.layer.log_alpha.detach().abs() < -LOG_RATIO).float().mean())
+        return self.layer.undecided()
 
     def detach_(self) -> None:
         """Take the masks off the model, leaving its weights as they are."""
@@ -351,7 +349,7 @@ def finalize_masks(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Decide: units whose mask is 0 go, and with a target sparsity the weakest others until it is reached.
 
-    From here on the model runs with the decided factors, in training too.
+    From here on the model runs with the decided factors, in training too; the penalty is 0 and all weights learn.
 
     Args:
         masks: From `attach_masks`.
@@ -375,6 +373,7 @@ def finalize_masks(
         kept = select(masks.sizes, masks.groups, scores, target, scope="global", **limits)
     openness = openness_of(kept, masks.groups)
     factors = {name: factor * openness[name].to(factor) for name, factor in factors.items()}
-    masks.layer = FixedMaskLayer(torch.cat([factors[group.name] for group in masks.groups]))
-    masks._current = None
+    masks.layer = FixedMaskLayer(torch.cat([factors[group.name] for group in masks.groups]), masks.layer.kind)
+    masks.pull = Penalty(0.0, target_sparsity=target).to(masks.weights.device)
+    masks.alternate_steps, masks._current = 0, None
     return kept, factors

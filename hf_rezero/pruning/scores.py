@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..structure.modes import modes_kept
 from .activations import output_of, watch_readers
 from .groups import PruningGroup
 from .masks import attach_masks
@@ -116,16 +117,15 @@ def taylor(
         ValueError: No batch came, or as `attach_masks`.
     """
     loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
-    was_training = model.training
-    masks = attach_masks(model.eval(), groups, "l1")
-    total, count = torch.zeros_like(masks.layer.mask), 0
-    try:
-        for batch in batches:
-            (gradient,) = torch.autograd.grad(loss_fn(model, batch), [masks.layer.mask])
-            total, count = total + gradient.abs(), count + 1
-    finally:
-        masks.detach_()
-        model.train(was_training)
+    with modes_kept(model):
+        masks = attach_masks(model.eval(), groups, "l1")
+        total, count = torch.zeros_like(masks.layer.mask), 0
+        try:
+            for batch in batches:
+                (gradient,) = torch.autograd.grad(loss_fn(model, batch), [masks.layer.mask])
+                total, count = total + gradient.abs(), count + 1
+        finally:
+            masks.detach_()
     if not count:
         raise ValueError("no batches came: expected at least one.")
     by_group = masks.split(total.cpu() / count)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_model
 from torch import nn
 
-from .groups import TARGETS, find_groups
+from .groups import TARGETS, search
 from .report import from_ranges
 from .surgery import prune_
 
@@ -93,10 +93,7 @@ def replay_(model: nn.Module, provenance: dict) -> None:
     holder, attribute = (model.config, "pruning") if hasattr(model, "config") else (model, "pruned")
     setattr(holder, attribute, None)
     for targets in (("layers",), ("sublayers",), tuple(t for t in TARGETS if t not in ("layers", "sublayers"))):
-        try:
-            groups = [group for group in find_groups(model, targets) if group.name in kept]
-        except ValueError:
-            continue
+        groups = [group for found in search(model, targets).values() for group in found if group.name in kept]
         # a config may have said already how many layers there are
         larger = [group for group in groups if len(kept[group.name]) < group.num_units]
         if larger:

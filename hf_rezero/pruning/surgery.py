@@ -391,11 +391,13 @@ def _cut_state(value: Any, shape: torch.Size, entries: Mapping[int, torch.Tensor
 @torch.no_grad()
 def _fold_constants(model, by_name, kept, constants: Mapping[str, torch.Tensor]) -> None:
     for name, values in constants.items():
+        if name not in kept:
+            continue  # a group that is not named stays whole
         for reader in by_name[name].readers:
             module = model.get_submodule(reader.tensor.rpartition(".")[0])
             if module.bias is None:
                 raise ValueError(f"constants came for {name!r}, but {reader.tensor} has no bias that could hold them.")
-            gone = torch.ones(by_name[name].num_units).index_fill_(0, kept.get(name, torch.arange(0)), 0.0)
+            gone = torch.ones(by_name[name].num_units).index_fill_(0, kept[name], 0.0)
             values = (values.cpu() * gone.repeat_interleave(reader.size)).to(module.weight)
             weight = (
                 module.weight.movedim(reader.dim, 1).flatten(2).sum(2) if module.weight.ndim > 2 else module.weight

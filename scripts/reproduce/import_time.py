@@ -16,7 +16,7 @@ STATEMENTS = {
     "import torch": "import torch",
     "import transformers (lazy)": "import transformers",
     "the Trainer and the Auto classes of transformers": (
-        "from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, Trainer"
+        "from transformers import AutoConfig, AutoModelForCausalLM, Trainer"
     ),
     "import hf_rezero": "import hf_rezero",
 }

@@ -25,6 +25,25 @@ CHOICES = {
 # what a single layer may have of its own: these sizes stay inside the layer
 PER_LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
+# transformers' word for a layer without a sublayer, `skip`, in the sizes that say the same
+NO_ATTENTION = {"num_attention_heads": 0, "num_key_value_heads": 0}
+SKIPPED = {"attention": NO_ATTENTION, "self_attn": NO_ATTENTION, "mlp": {"intermediate_size": 0}}
+
+
+def sizes_of_layer(overrides: dict) -> dict:
+    """The overrides of one layer with `{"skip": ["mlp"]}` written as `{"intermediate_size": 0}`.
+
+    Raises:
+        ValueError: `skip` names something that a layer does not have.
+    """
+    sizes = {name: value for name, value in overrides.items() if name != "skip"}
+    skipped = overrides.get("skip") or ()
+    if isinstance(skipped, str) or not set(skipped) <= SKIPPED.keys():
+        raise ValueError(f"per_layer_config got skip={skipped!r}: expected a list with some of {', '.join(SKIPPED)}.")
+    for name in skipped:
+        sizes.update(SKIPPED[name])
+    return sizes
+
 
 @strict
 class ReZeroConfig(PreTrainedConfig):
@@ -64,7 +83,8 @@ class ReZeroConfig(PreTrainedConfig):
         config_version: Format of this file; a newer one than the code knows is refused.
         per_layer_config: Sizes of single layers, `{2: {"num_attention_heads": 4, "num_key_value_heads": 4}}`, as pruning
             leaves them: also `intermediate_size`. Both head counts 0 leave out the attention of the layer with its
-            residual and norm, `intermediate_size` 0 its feed-forward sublayer.
+            residual and norm, `intermediate_size` 0 its feed-forward sublayer; `{"skip": ["attention"]}` and
+            `{"skip": ["mlp"]}`, as transformers writes it, mean the same.
 
     Raises:
         ValueError: A value is not one of its choices, the sizes do not divide, or a layer is left with nothing.
@@ -76,7 +96,7 @@ class ReZeroConfig(PreTrainedConfig):
     """
 
     model_type = "rezero"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     # or every reader of a size that some layer overrides gets an error, also `getattr` with a default
     allow_global_per_layer_attribute_access = True
     base_model_tp_plan = {
@@ -145,6 +165,12 @@ class ReZeroConfig(PreTrainedConfig):
             self.final_norm = self.norm_position == "pre"
         super().__post_init__(**kwargs)
         self.validate_architecture()  # here already: `strict` calls it too, but hides the ValueError in another error
+
+    @PreTrainedConfig.per_layer_config.setter
+    def per_layer_config(self, per_layer_config: dict[int | str, dict] | None) -> None:
+        if per_layer_config is not None:
+            per_layer_config = {layer: sizes_of_layer(overrides) for layer, overrides in per_layer_config.items()}
+        PreTrainedConfig.per_layer_config.fset(self, per_layer_config)
 
     def validate_architecture(self):
         """Refuse values that no model can be built from, each with one message that says what to do."""

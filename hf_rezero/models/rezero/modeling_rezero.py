@@ -4,10 +4,13 @@ Shapes: B batch, T query length, S key length, D `hidden_size`, H `num_attention
 E `head_dim`, V `vocab_size`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -32,6 +35,51 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_rezero import ReZeroConfig
 
 
+# transformers 5.24 renamed `past_key_values`; masks, layers and outputs take the name of the installed release
+OUTPUT_NAMES = {field.name for field in fields(BaseModelOutputWithPastAndCrossAttentions)}
+CACHE_NAME = "cache" if "cache" in OUTPUT_NAMES else "past_key_values"
+PASSED_ON = frozenset(TransformersKwargs.__annotations__)
+
+
+def one_cache(cache: Any, past_key_values: Any) -> Any:
+    """The cache under whichever of its two names it was given.
+
+    Raises:
+        ValueError: Two different caches were given.
+    """
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError(
+            "got both `cache` and `past_key_values`: they are two names of one argument, give one of them."
+        )
+    return past_key_values if cache is None else cache
+
+
+def carries_data(value: Any) -> bool:
+    """Whether an argument is or holds a tensor, a mask or a cache, so that a model which ignores it errs."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        return any(carries_data(item) for item in value)
+    return isinstance(value, (torch.Tensor, BlockMask, Cache))
+
+
+def refuse_unknown(model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Refuse what is left of the arguments of a forward pass where it carries data that nothing here reads.
+
+    A renamed cache, mask or position argument that is swallowed gives wrong text. What transformers documents for every
+    model passes, and so do numbers and names, for the attention functions of inference engines.
+
+    Raises:
+        TypeError: Such an argument was given.
+    """
+    unknown = [name for name, value in arguments.items() if name not in PASSED_ON and carries_data(value)]
+    if unknown:
+        raise TypeError(
+            f"{type(model).__name__}.forward got {', '.join(unknown)}, which it does not read: leave it out, or upgrade "
+            f"the code of the model where a newer transformers has renamed one of its arguments."
+        )
+
+
 class ReZeroResidual(nn.Module):
     """The residual connection of the paper, x + resweight * F(x), or resweight * F(x) without `skip_connection`.
 
@@ -45,7 +93,8 @@ class ReZeroResidual(nn.Module):
         self.scales_projection = config.resweight_trainable and config.norm_position != "branch"
         self.resweight = None
         if config.resweight_sharing != "none":
-            self.resweight = nn.Parameter(torch.zeros(1), requires_grad=config.resweight_trainable)
+            weight = torch.zeros(1, dtype=torch.float32)
+            self.resweight = nn.Parameter(weight, requires_grad=config.resweight_trainable)
 
     def forward(self, hidden_states: torch.Tensor, branch: Callable[..., torch.Tensor]) -> torch.Tensor:
         """`branch()` is F(x); `branch(scale=w)` is w F(x), whose gradient for w keeps no F(x)."""
@@ -100,8 +149,9 @@ def scaled_linear(linear: nn.Module, x: torch.Tensor, scale: torch.Tensor | None
     """scale * linear(x), or linear(x) without a scale; adapters, quantised, sharded and observed layers run as they are."""
     if scale is None:
         return linear(x)
-    is_plain = type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
-    if is_plain and torch.is_grad_enabled():
+    is_plain = type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, torch.Tensor)
+    is_observed = linear._forward_hooks or linear._forward_pre_hooks
+    if is_plain and not is_observed and torch.is_grad_enabled():
         return ScaledLinear.apply(x, linear.weight, linear.bias, scale)
     output = linear(x)
     return output * scale.to(output.dtype)
@@ -173,7 +223,7 @@ class ReZeroSinusoidalPositions(nn.Module):
 
 
 class ReZeroRotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotary positions (Su et al. 2021, arXiv:2104.09864), as `apply_rotary_pos_emb` reads them."""
+    """Cosines and sines (B, T, E) of the rotary positions (Su et al. 2021, arXiv:2104.09864)."""
 
     def __init__(self, config: ReZeroConfig):
         super().__init__()
@@ -196,18 +246,23 @@ class ReZeroRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-        return cos.unsqueeze(1).to(hidden_states.dtype), sin.unsqueeze(1).to(hidden_states.dtype)
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
-def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the feature pairs of x (B, H, T, E), (a, b) -> (a cos - b sin, b cos + a sin) for its halves a and b.
-
-    cos is (cos, cos) and sin is (-sin, sin), (B, 1, T, E): a change of the halves is all that is left to do.
-    """
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """(a, b) -> (-b, a) for the halves a and b of the features."""
     a, b = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos.to(x.dtype), torch.cat((b, a), dim=-1), sin.to(x.dtype))
+    return torch.cat((-b, a), dim=-1)
+
+
+def apply_rotary_pos_emb(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x cos + rotate_half(x) sin for queries and keys (B, H, T, E); cos and sin (B, T, E)."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim).to(q.dtype), sin.unsqueeze(unsqueeze_dim).to(q.dtype)
+    return torch.addcmul(q * cos, rotate_half(q), sin), torch.addcmul(k * cos, rotate_half(k), sin)
 
 
 def eager_attention_forward(
@@ -298,19 +353,19 @@ class ReZeroAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cache = kwargs.pop(CACHE_NAME, None)
         query = self.split_heads(self.q_proj(hidden_states))
         key = self.split_heads(self.k_proj(hidden_states))
         value = self.split_heads(self.v_proj(hidden_states))
         if position_embeddings is not None:
-            query, key = (apply_rotary_pos_emb(x, *position_embeddings) for x in (query, key))
-        if past_key_values is not None:
-            if isinstance(past_key_values, EncoderDecoderCache):
-                past_key_values = past_key_values.self_attention_cache
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if cache is not None:
+            if isinstance(cache, EncoderDecoderCache):
+                cache = cache.self_attention_cache
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # a paged cache reads more of them
         return self.attend(query, key, value, attention_mask, **kwargs)
 
 
@@ -322,11 +377,11 @@ class ReZeroCrossAttention(ReZeroAttention):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cache = kwargs.pop(CACHE_NAME, None)
+        cache = cache if isinstance(cache, EncoderDecoderCache) else None
         query = self.split_heads(self.q_proj(hidden_states))
-        cache = past_key_values if isinstance(past_key_values, EncoderDecoderCache) else None
         if cache is not None and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             key, value = layer.keys, layer.values
@@ -399,7 +454,6 @@ class ReZeroLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -408,7 +462,6 @@ class ReZeroLayer(GradientCheckpointingLayer):
                 "self_attn",
                 hidden_states,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
@@ -418,7 +471,6 @@ class ReZeroLayer(GradientCheckpointingLayer):
                 hidden_states,
                 encoder_hidden_states=encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
-                past_key_values=past_key_values,
                 **kwargs,
             )
         return self.connect("mlp", hidden_states) if self.mlp is not None else hidden_states
@@ -431,7 +483,7 @@ class ReZeroPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ReZeroLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _keep_in_fp32_modules_strict = ["resweight"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -569,27 +621,34 @@ class ReZeroModel(ReZeroPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         encoder_hidden_states: torch.FloatTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
+        cache = one_cache(cache, past_key_values)
+        if cache is None or isinstance(cache, Cache):
+            refuse_unknown(self, kwargs)
+        elif CACHE_NAME != "cache":  # the paged cache of continuous batching, which only attention functions knew then
+            kwargs["cache"], cache = cache, None
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`.")
         if encoder_hidden_states is not None and not self.config.add_cross_attention:
             raise ValueError("`encoder_hidden_states` came, but this model was built without `add_cross_attention`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None and self.config.is_causal:
-            past_key_values = self._make_cache(encoder_hidden_states)
+        if use_cache and cache is None and self.config.is_causal:
+            cache = self._make_cache(encoder_hidden_states)
+        named_cache = {CACHE_NAME: cache}
         attention_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **named_cache,
         )
         if encoder_hidden_states is not None:
             encoder_attention_mask = create_bidirectional_mask(
@@ -598,20 +657,18 @@ class ReZeroModel(ReZeroPreTrainedModel):
                 attention_mask=encoder_attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
             )
-        hidden_states, position_embeddings = self._add_positions(inputs_embeds, position_ids, past_key_values)
-        for layer in self.layers:
+        hidden_states, position_embeddings = self._add_positions(inputs_embeds, position_ids, cache)
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while `generate` exits early
             hidden_states = layer(
                 hidden_states,
                 attention_mask,
                 encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
-                past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
+                **named_cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.norm(hidden_states), **named_cache)
 
     def _make_cache(self, encoder_hidden_states: torch.Tensor | None) -> Cache:
         cache = DynamicCache(config=self.config)
@@ -619,9 +676,9 @@ class ReZeroModel(ReZeroPreTrainedModel):
             return cache
         return EncoderDecoderCache(cache, DynamicCache(config=self.config))
 
-    def _add_positions(self, inputs_embeds, position_ids, past_key_values):
+    def _add_positions(self, inputs_embeds, position_ids, cache):
         """Add the position code to the embedding (B, T, D), or return the cosines and sines that attention applies."""
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = cache.get_seq_length() if isinstance(cache, Cache) else 0  # a paged one comes with its positions
         length = inputs_embeds.shape[1]
         if position_ids is None:
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
@@ -673,12 +730,21 @@ class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def generate(self, *args, **kwargs):
+        """As in `GenerationMixin`; an error in the middle of an early exit leaves the number of layers as it was."""
+        num_hidden_layers = self.config.num_hidden_layers
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self.config.num_hidden_layers = num_hidden_layers
+
     def _get_static_cache_init_shape(self):
-        """Head counts in the order of `number_attention_layers`, where `generate` asks for them layer by layer."""
+        """Head counts in the order of `number_attention_layers`; None, and so at first use, where one must serve all."""
         shape = super()._get_static_cache_init_shape()
-        if shape is None or isinstance(shape[0], int):
+        heads = [sizes.num_key_value_heads for sizes in self.config.per_layer_config]
+        if shape is None or len(set(heads)) == 1:
             return shape
-        return sorted(shape[0], key=bool, reverse=True), shape[1]
+        return None if isinstance(shape[0], int) else (sorted(shape[0], key=bool, reverse=True), shape[1])
 
     @can_return_tuple
     def forward(
@@ -686,7 +752,7 @@ class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         encoder_hidden_states: torch.FloatTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
@@ -694,34 +760,51 @@ class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithCrossAttentions:
+        shift_labels = kwargs.pop("shift_labels", None)  # by name, or the Trainer would ask every data set for it
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states, logits = outputs.last_hidden_state, None
+        hidden_states, logits, loss = outputs.last_hidden_state, None, None
         if skip_logits and labels is not None:
-            loss = chunked_causal_lm_loss(self.lm_head, hidden_states, labels, **kwargs)
+            loss = chunked_causal_lm_loss(self.lm_head, hidden_states, labels, shift_labels=shift_labels, **kwargs)
         else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept])
-            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs) if labels is not None else None
+            logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
+        if logits is not None and labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+
+def keep_positions(hidden_states: torch.Tensor, kept: int | torch.Tensor) -> torch.Tensor:
+    """The positions of (B, T, D) whose logits are wanted.
+
+    `kept` is a number of last positions, 0 for all; positions (P,) of every row or (B, P) of each; or a mask (B, T),
+    whose rows come out in one list (P, D).
+    """
+    if isinstance(kept, int):
+        return hidden_states[:, -kept:] if kept else hidden_states
+    if kept.ndim == 1:
+        return hidden_states[:, kept]
+    if kept.dtype == torch.bool:
+        return hidden_states[kept]
+    return hidden_states.gather(1, kept[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
 class ReZeroForMaskedLM(ReZeroPreTrainedModel):
@@ -784,17 +867,18 @@ class ReZeroForSequenceClassification(ReZeroPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
         outputs = self.model(
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -805,9 +889,9 @@ class ReZeroForSequenceClassification(ReZeroPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def _pool(self, hidden_states, input_ids, attention_mask) -> torch.Tensor:

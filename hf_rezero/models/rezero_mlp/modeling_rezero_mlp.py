@@ -22,6 +22,22 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_rezero_mlp import ReZeroMLPConfig
 
 
+PASSED_ON = frozenset(TransformersKwargs.__annotations__)
+
+
+def refuse_unknown(model: nn.Module, arguments: dict) -> None:
+    """Refuse arguments that carry data which no image model reads, such as a mask; swallowed, they would change nothing.
+
+    Raises:
+        TypeError: Such an argument was given.
+    """
+    unknown = [name for name, value in arguments.items() if name not in PASSED_ON and isinstance(value, torch.Tensor)]
+    if unknown:
+        raise TypeError(
+            f"{type(model).__name__}.forward got {', '.join(unknown)}, which it does not read: leave it out."
+        )
+
+
 class ReZeroMLPLayer(nn.Module):
     """x + w F(x), pre x + w F(N(x)), post N(x + w F(x)), branch x + w N(F(x)); without x where there is no skip."""
 
@@ -32,7 +48,7 @@ class ReZeroMLPLayer(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         if config.norm_position != "none":
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.resweight = nn.Parameter(torch.zeros(1), requires_grad=config.resweight_trainable)
+        self.resweight = nn.Parameter(torch.zeros(1, dtype=torch.float32), requires_grad=config.resweight_trainable)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         inputs = self.norm(hidden_states) if self.norm_position == "pre" else hidden_states
@@ -117,6 +133,7 @@ class ReZeroMLPModel(ReZeroMLPPreTrainedModel):
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPoolingAndNoAttention:
         """Features (B, D) of pictures (B, `num_channels`, `image_size`, `image_size`)."""
+        refuse_unknown(self, kwargs)
         config = self.config
         if pixel_values.shape[1:] != (config.num_channels, config.image_size, config.image_size):
             raise ValueError(

@@ -26,6 +26,22 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_rezero_resnet import CONVOLUTIONS, ReZeroResNetConfig
 
 
+PASSED_ON = frozenset(TransformersKwargs.__annotations__)
+
+
+def refuse_unknown(model: nn.Module, arguments: dict) -> None:
+    """Refuse arguments that carry data which no image model reads, such as a mask; swallowed, they would change nothing.
+
+    Raises:
+        TypeError: Such an argument was given.
+    """
+    unknown = [name for name, value in arguments.items() if name not in PASSED_ON and isinstance(value, torch.Tensor)]
+    if unknown:
+        raise TypeError(
+            f"{type(model).__name__}.forward got {', '.join(unknown)}, which it does not read: leave it out."
+        )
+
+
 def _convolution(config: ReZeroResNetConfig, inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     bias = config.norm_type == "none"
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=bias)
@@ -82,7 +98,7 @@ class ReZeroResNetBlock(GradientCheckpointingLayer):
             if config.activation_position != "pre":
                 self.add_module(f"bn{i}", _norm(config, b))
         self.shortcut = _shortcut(config, inputs, outputs, stride)
-        self.resweight = nn.Parameter(torch.zeros(1), requires_grad=config.resweight_trainable)
+        self.resweight = nn.Parameter(torch.zeros(1, dtype=torch.float32), requires_grad=config.resweight_trainable)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """F(x), with the activations in front of the convolutions or between them."""
@@ -216,6 +232,7 @@ class ReZeroResNetModel(ReZeroResNetPreTrainedModel):
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPoolingAndNoAttention:
         """Features of pictures (B, C, H, W): a map (B, `hidden_sizes[-1]`, h, w), and its mean (B, `hidden_sizes[-1]`)."""
+        refuse_unknown(self, kwargs)
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
                 f"pixel_values of shape {tuple(pixel_values.shape)} came: expected (batch, {self.config.num_channels}, "
