@@ -2,9 +2,16 @@
 VENV ?= .venv
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
 BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+NEWEST := .venv-newest
+# what a release of transformers can break
+CONTRACT := tests/test_versions.py tests/test_generation.py tests/test_modeling*.py tests/test_per_layer.py \
+	tests/test_configuration.py tests/test_image_models.py tests/test_compat*.py tests/test_hub.py tests/test_push_to_hub.py \
+	tests/test_trainer*.py tests/test_pruning*.py tests/test_grow.py tests/test_fold_convert.py tests/test_run_clm.py
 
-.PHONY: install quickstart test test-all test-oldest lint quality style tables
+.PHONY: install quickstart test test-fast test-newest contract test-all test-oldest test-hf lint quality style tables
 
 install: $(VENV)/installed
 
@@ -20,15 +27,34 @@ quickstart: install
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/generate.py outputs/quickstart --prompt "def "
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
+
+# What a change is checked with while it is written: all but the runs of commands, of several processes and of figures.
+test-fast: install
+	$(PYTEST) -m "not slow and not gpu and not long"
 
 # Adds the checks marked slow.
 test-all: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
+
+# What a release can break, with the newest releases that pip finds in our ranges; only torch is held, to its CPU build.
+test-newest: install
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint constraints-newest.txt \
+		--editable '.[test]'
+	$(NEWEST)/bin/python -m pip list | grep -iE "^(torch|transformers|huggingface_hub|accelerate|datasets|peft|safetensors) "
+	HF_REZERO_OTHER_PYTHONS=$(abspath $(BIN))/python $(MAKE) contract VENV=$(NEWEST)
+
+contract:
+	$(PYTEST) $(CONTRACT)
 
 # The same suite with the oldest supported versions, in an environment of its own; downloads several gigabytes.
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+# transformers' own common tests on our models, from the source archive of the installed release.
+test-hf: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/upstream/run.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -189,14 +189,17 @@ def test_at_initialisation_a_block_returns_its_input_to_the_bit(mode):
 
 
 @pytest.mark.parametrize("kind", REZERO_IMAGE)
-def test_checkpointing_changes_neither_loss_nor_gradients_nor_statistics(kind):
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointing_changes_neither_loss_nor_gradients_nor_statistics(kind, reentrant, compiled):
     def run(checkpointing):
         torch.manual_seed(0)
         model = stir(REZERO_IMAGE[kind]().double()).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
         for _ in range(2):
-            loss = model(torch.ones(2, 3, 8, 8).double() * torch.arange(8), labels=torch.tensor([0, 1])).loss
+            loss = forward(torch.ones(2, 3, 8, 8).double() * torch.arange(8), labels=torch.tensor([0, 1])).loss
             loss.backward()
         return loss, {n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from launch import SCRIPTS, run_script
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hf_rezero.trainer import ReZeroTrainingArguments
 
@@ -182,11 +183,41 @@ def test_a_killed_run_resumes_to_the_same_weights(text, tmp_path, optim):
 def test_two_processes_give_the_losses_of_one(text, tmp_path):
     options = {"max_steps": 30, "do_eval": True, "do_predict": True, "eval_stride": 7}
     run_script("run_clm.py", *arguments(text, tmp_path / "one", **options))
-    both = {**options, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 3}
+    # as the README writes it: without --use_cpu, on a machine that may have no other device
+    both = {**options, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 3, "use_cpu": False}
     run_script("run_clm.py", *arguments(text, tmp_path / "two", **both), processes=2)
     assert (tmp_path / "two" / "checkpoint-30" / "rng_state_1.pth").exists(), "the second process did not take part"
+    assert "2 processes" in (tmp_path / "two" / "README.md").read_text()
     # 84 windows make 21 steps an epoch: the second epoch has its own cuts on every process
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = (json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("one", "two"))
     for key in ("eval_bpb", "test_bpb"):
         assert two[key] == pytest.approx(one[key], rel=1e-4)
+
+
+def test_a_run_without_a_purpose_is_refused(text, tmp_path):
+    with pytest.raises(ValueError, match="nothing to do: give some of --do_train, --do_eval and --do_predict"):
+        run_clm.main(arguments(text, tmp_path / "run", do_train=False))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("given", "switch"), [
+    ({"prune_target_sparsity": 0.5}, "--prune_target_sparsity, which have no effect without --prune_method"),
+    ({"gradinit_eta": 0.1, "gradinit_scale_lr": 0.1}, "--gradinit_eta, --gradinit_scale_lr, which .* --gradinit_steps"),
+])  # fmt: skip
+def test_arguments_that_nothing_would_read_are_refused(text, tmp_path, given, switch):
+    with pytest.raises(ValueError, match=switch):
+        run_clm.main(arguments(text, tmp_path / "run", **given))
+
+
+def test_a_checkpoint_that_reads_other_tokens_is_refused(text, tmp_path):
+    """Byte ids would be other tokens to it: 72 is "i" to GPT-2."""
+    tokens = Tokenizer(models.BPE(vocab={chr(97 + i): i for i in range(26)} | {"ab": 26, "[UNK]": 27}, merges=[("a", "b")]))
+    PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="[UNK]").save_pretrained(tmp_path / "gpt2")
+    config = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    words = arguments(text, tmp_path / "run", model_name_or_path=tmp_path / "gpt2")
+    shape = words.index("--config_overrides")
+    with pytest.raises(ValueError, match="28 tokens of .*, and this command reads bytes"):
+        run_clm.main(words[:shape] + words[shape + 2 :])
+    assert not (tmp_path / "run").exists()

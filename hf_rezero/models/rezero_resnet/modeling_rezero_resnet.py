@@ -6,7 +6,7 @@ Shapes: B batch, C channels, H height, W width.
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 
 import torch
 from torch import nn
@@ -151,7 +151,13 @@ def _untouched_statistics(block: nn.Module):
 
 
 def _checkpoint_block(checkpoint, block: nn.Module, function, *args):
-    return checkpoint(function, *args, context_fn=lambda: (nullcontext(), _untouched_statistics(block)))
+    runs = count()  # instead of `context_fn`, which reentrant checkpointing and `torch.compile` refuse
+
+    def run(*args):
+        with _untouched_statistics(block) if next(runs) else nullcontext():
+            return function(*args)
+
+    return checkpoint(run, *args)
 
 
 class ReZeroResNetPreTrainedModel(PreTrainedModel):
