@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,16 +28,19 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from .optim.param_groups import decays, is_resweight
+from .optim.muon import orthogonal_steps
+from .optim.param_groups import decays, is_resweight, output_dims
 from .trial import Loss, TrialModel, map_batch, some, trainable
 
 
 __all__ = ["GradInit", "GradInitReport", "gradinit_", "half_overlap", "mean_over_processes"]
 
 Reduce = Callable[[list[Tensor]], list[Tensor]]
+Shape = Callable[[Tensor], Tensor]
 
 _SIGN_STEP = ("adam", "adamw", "radam", "ranger", "lamb")
 _GRADIENT_STEP = ("sgd", "sgd_normalized", "lars")
+_ALGORITHMS = (*_SIGN_STEP, *_GRADIENT_STEP, "muon")
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # of the update of the scales, as in the official code
 _MAX_DEFAULT_STEPS = 390  # the paper's: one epoch of CIFAR-10 in batches of 128
 
@@ -177,8 +181,28 @@ def default_gamma(algorithm: str, eta: float) -> float:
     return math.sqrt(0.1 / eta) if algorithm == "sgd" else 0.1 / eta
 
 
+def _orthogonal(grad: Tensor, output_dim: int) -> Tensor:
+    """The step that Muon takes from rest, at a learning rate of 1."""
+    factor, (step,) = orthogonal_steps([grad], output_dim)
+    return factor * step.to(grad.dtype)
+
+
+def _shapes(algorithm: str, model: nn.Module, weights: Iterable[Tensor]) -> list[Shape]:
+    """f_i of each tensor: the identity, the sign, or Muon's step on the weights that `param_groups` lets it take."""
+    if algorithm in _GRADIENT_STEP:
+        return [lambda grad: grad for _ in weights]
+    dims = output_dims(model) if algorithm == "muon" else {}
+    return [partial(_orthogonal, output_dim=dims[w]) if w in dims and decays(w) else torch.sign for w in weights]
+
+
+def _sizes(shape: Shape, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """<f(g), g> and ||f(g)||."""
+    direction = shape(grad)
+    return torch.dot(direction.flatten(), grad.flatten()), direction.norm()
+
+
 class _Geometry(NamedTuple):
-    """||g||_A, and the factors of f(g_i) in its derivative by g_i and in the trial step; f is the sign or the identity."""
+    """||g||_A, and the factors of f_i(g_i), see `_shapes`, in its derivative by g_i and in the trial step."""
 
     norm: float
     dual: Tensor
@@ -221,8 +245,8 @@ class GradInit:
         loss_fn: Loss | None = None,
         reduce: Reduce | None = None,
     ) -> None:
-        if algorithm not in _SIGN_STEP + _GRADIENT_STEP:
-            raise ValueError(f"algorithm must be one of {_SIGN_STEP + _GRADIENT_STEP}, got {algorithm!r}")
+        if algorithm not in _ALGORITHMS:
+            raise ValueError(f"algorithm must be one of {_ALGORITHMS}, got {algorithm!r}")
         if second_order not in ("finite_difference", "double_backward"):
             raise ValueError(f"second_order must be 'finite_difference' or 'double_backward', got {second_order!r}")
         for name, value in {"eta": eta, "gamma": gamma, "scale_lr": scale_lr, "epsilon": epsilon}.items():
@@ -237,6 +261,7 @@ class GradInit:
         self.probe_resweight = probe_resweight
         self.reduce = reduce or (lambda tensors: tensors)
         self.weights = trainable(model)
+        self.shapes = _shapes(algorithm, model, self.weights.values())
         self.trial = TrialModel(model, loss_fn)
         self.precision = max(torch.finfo(p.dtype).eps for p in self.weights.values())
         self.scaled = [not is_resweight(n) and bool(p.detach().any()) for n, p in self.weights.items()]
@@ -351,9 +376,8 @@ class GradInit:
     @torch.no_grad()
     def _geometry(self, theta: dict[str, Tensor], grads: list[Tensor]) -> _Geometry:
         """||g||_A = <g, A[g]> / eta, but ||g||_2 for the step g; with the trust ratios of LARS and LAMB inside A."""
-        # f(g_i) is made twice so that only one of them exists at a time.
-        inner = _vector(torch.dot(self._shape(g).flatten(), g.flatten()) for g in grads)
-        length, weight = _vector(self._shape(g).norm() for g in grads), _vector(w.norm() for w in theta.values())
+        inner, length = map(_vector, zip(*map(_sizes, self.shapes, grads), strict=True))
+        weight = _vector(w.norm() for w in theta.values())
         one = torch.ones_like(inner)
         if self.algorithm in ("sgd", "sgd_normalized"):
             norm = inner.sum().sqrt()
@@ -372,9 +396,6 @@ class GradInit:
     def _smallest(self, weight: Tensor, direction: Tensor) -> float:
         return 0.1 * self.precision * (weight.norm() / direction.norm().clamp_min(1e-300)).item()
 
-    def _shape(self, grad: Tensor) -> Tensor:
-        return grad.sign() if self.algorithm in _SIGN_STEP else grad
-
     def _objective_slope(
         self, theta: dict[str, Tensor], grads: list[Tensor], geometry: _Geometry, batches: Sequence
     ) -> tuple[float, Tensor]:
@@ -385,9 +406,12 @@ class GradInit:
     def _constraint_slope(
         self, theta: dict[str, Tensor], loss: float, grads: list[Tensor], geometry: _Geometry, batch: Any
     ) -> Tensor:
-        """d||g||_A/dm_i = <(H u)_i, W0_i> with u = d||g||_A/dg, plus the part of the trust ratios."""
+        """d||g||_A/dm_i = <(H u)_i, W0_i> with u = d||g||_A/dg, plus the part of the trust ratios.
+
+        f(g) counts as constant in u: d<f(g), g> = <f(g), dg> for the sign as for U V^T, whose norms these are dual to.
+        """
         if self.second_order == "double_backward":
-            dual = [c * self._shape(g) for c, g in zip(geometry.dual.tolist(), grads, strict=True)]
+            dual = [c * f(g) for c, f, g in zip(geometry.dual.tolist(), self.shapes, grads, strict=True)]
             product = self.trial.hessian_product(theta, [batch], dual)
             (slope,) = self.reduce([self._inner(product)])
             return slope.cpu().double() + geometry.trust_slope
@@ -401,9 +425,9 @@ class GradInit:
 
     @torch.no_grad()
     def _move_(self, theta: dict[str, Tensor], grads: list[Tensor], lengths: Tensor) -> None:
-        """theta_i += length_i * f(g_i) in place; the gradients are freed before the next backward pass."""
-        for weight, grad, length in zip(theta.values(), grads, lengths.tolist(), strict=True):
-            weight.add_(self._shape(grad), alpha=length)
+        """theta_i += length_i * f_i(g_i) in place; the gradients are freed before the next backward pass."""
+        for weight, shape, grad, length in zip(theta.values(), self.shapes, grads, lengths.tolist(), strict=True):
+            weight.add_(shape(grad), alpha=length)
         grads.clear()
 
     def _slope(self, theta: dict[str, Tensor], batches: Sequence) -> tuple[float, Tensor]:
@@ -500,7 +524,10 @@ def gradinit_(
         algorithm: Its optimizer, which gives A[g] and the norm. "adam", "adamw", "radam", "ranger": sign(g), L1.
             "sgd": g, L2, the paper's. "sgd_normalized": g / ||g||_2, L2, the official code's. "lars", "lamb": g or
             sign(g) times the trust ratio, on matrices; the norm is sum_i ||W_i|| ||g_i|| times the trust coefficient,
-            or sum_i ||W_i|| ||g_i||_1 / ||sign(g_i)||_2.
+            or sum_i ||W_i|| ||g_i||_1 / ||sign(g_i)||_2. "muon": 0.2 sqrt(max(rows, columns)) U V^T of g = U S V^T for
+            weights of linear and convolution layers, by the iteration of `Muon`, and sign(g) for the rest; the norm is
+            <g, A[g]>, so that factor times the nuclear norm, and L1. Its gradient takes A[g] as constant, as for the
+            sign: exact for U V^T; the iteration gives one about 0.9 times as long, within a cosine of 0.999.
         gamma: Bound of the gradient norm; by default eta * gamma = 0.1, for "sgd" eta * gamma^2 = 0.1.
         scale_lr: Learning rate of the scales (Adam). The official runs use 1e-3 to 1e-1, by architecture.
         num_steps: By default one pass over the batches, at most 390 steps.

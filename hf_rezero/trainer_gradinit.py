@@ -1,9 +1,7 @@
 """GradInit on the data, the loss and the optimizer of a Trainer, before its first step."""
 
 import os
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import islice, pairwise
 from pathlib import Path
@@ -17,9 +15,40 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from .gradinit import GradInit, GradInitReport, half_overlap, mean_over_processes
 from .optim.naming import parse_name
+from .trial import random_numbers_kept
 
 
-ALGORITHMS = {"sgd": "sgd_normalized", "lars": "lars", "larc": "lars", "lamb": "lamb", "ranger_lars": "lamb"}
+_ADAMW = """adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_torch_8bit adamw_torch_4bit
+adamw_anyprecision adamw_8bit adamw_bnb_8bit paged_adamw_8bit paged_adamw_32bit""".split()
+# by the optimizer inside the prefixes: the algorithm of `gradinit_` with its trial step
+ALGORITHMS = dict.fromkeys([*_ADAMW, "radam", "ranger"], "adam") | {
+    "sgd": "sgd_normalized",
+    "lars": "lars",
+    "larc": "lars",
+    "lamb": "lamb",
+    "ranger_lars": "lamb",
+    "muon": "muon",
+}
+
+
+def algorithm_for(optim: str) -> str:
+    """The algorithm of `gradinit_` with the trial step of the optimizer of this name, whatever its prefixes.
+
+    Raises:
+        ValueError: There is none.
+
+    Example:
+        >>> algorithm_for("gc+lookahead+sgd")
+        'sgd_normalized'
+    """
+    base = parse_name(optim).base
+    if base not in ALGORITHMS:
+        raise ValueError(
+            f"the optimizer {base!r} came, and GradInit has no trial step for it, only for {', '.join(ALGORITHMS)}. "
+            f"Take one of these, or choose a step: run gradinit_(model, batches, algorithm=...) and then train "
+            f"without GradInit, or pass GradInitConfig(algorithm=...)."
+        )
+    return ALGORITHMS[base]
 
 
 @dataclass
@@ -29,7 +58,7 @@ class GradInitConfig:
     Attributes:
         num_steps: Steps, each of two forward and backward passes on a batch of `per_device_train_batch_size`.
         eta: Default: the learning rate of the run.
-        algorithm: Default: the kind of step that the optimizer of the run takes.
+        algorithm: Default: the kind of step that the optimizer of the run takes, see `algorithm_for`.
         save_steps: After so many steps what was learned is saved, so that an interrupted run goes on from there.
     """
 
@@ -54,11 +83,14 @@ class GradInitConfig:
         return cls(args.gradinit_steps, **{name: value for name, value in given.items() if value is not None})
 
     def options(self, args: TrainingArguments) -> dict:
-        """The arguments of `GradInit` in a run with these arguments."""
-        base = parse_name(args.optim).base
+        """The arguments of `GradInit` in a run with these arguments.
+
+        Raises:
+            ValueError: GradInit has no trial step for the optimizer of the run.
+        """
         derived = {
             "eta": self.eta or args.learning_rate,
-            "algorithm": self.algorithm or ALGORITHMS.get(base, "adam"),
+            "algorithm": self.algorithm or algorithm_for(args.optim),
             # low precision hides the difference of gradients that are closer together
             "epsilon": 1e-2 if args.bf16 or args.fp16 else 1e-3,
         }
@@ -82,7 +114,7 @@ def run_gradinit(trainer: Trainer, config: GradInitConfig, resume: bool) -> Grad
         resume: Go on from what an interrupted run has saved.
 
     Raises:
-        ValueError: As `GradInit`, and if the initial weights are not those of the interrupted run.
+        ValueError: As `GradInit` and `algorithm_for`, and if the initial weights are not those of the interrupted run.
     """
     args, model = trainer.args, trainer.model
     _same_everywhere(model)
@@ -94,7 +126,8 @@ def run_gradinit(trainer: Trainer, config: GradInitConfig, resume: bool) -> Grad
     bar = tqdm(
         desc="GradInit", total=config.num_steps, initial=done, disable=args.disable_tqdm or args.process_index > 0
     )
-    with bar, _own_random_numbers(args.seed):
+    with bar, random_numbers_kept():
+        set_seed(args.seed)
         for batch, fresh in islice(pairwise(_endless(trainer.get_train_dataloader())), done, config.num_steps):
             init.step(batch, half_overlap(batch, fresh))
             bar.update()
@@ -123,16 +156,6 @@ def _loss_of(trainer: Trainer):
 def _endless(batches) -> Iterator:
     while True:
         yield from batches
-
-
-@contextmanager
-def _own_random_numbers(seed: int):
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        set_seed(seed)
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
 
 
 def _save(trainer: Trainer, state: dict, path: Path) -> None:

@@ -1,10 +1,12 @@
 """The loss of a model at other weights than its own, and the gradients of it."""
 
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -62,6 +64,18 @@ def _dropout_off(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def random_numbers_kept(cuda_devices: Sequence[torch.device] | None = None) -> Iterator[None]:
+    """Python, NumPy and torch (on all CUDA devices by default) go on from the random numbers that they were at."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(cuda_devices):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
 class TrialModel(nn.Module):
     """The loss of a model at other weights than its own; the model comes back as it was, also after an exception."""
 
@@ -87,7 +101,7 @@ class TrialModel(nn.Module):
         # Each call starts from the same random numbers: two gradients that are compared see the same noise.
         # The weights may have moved in place since autocast, if it is on around us, cached their low-precision copies.
         torch.clear_autocast_cache()
-        with _dropout_off(self.model), torch.random.fork_rng(self.cuda_devices), torch.enable_grad():
+        with _dropout_off(self.model), random_numbers_kept(self.cuda_devices), torch.enable_grad():
             return functional_call(self, state, (function,))
 
     def loss(self, batches: Sequence) -> Tensor:

@@ -5,10 +5,12 @@ import io
 import json
 import math
 import multiprocessing
+import random
 import warnings
 from collections import namedtuple
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed as dist
@@ -17,9 +19,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
-from hf_rezero import ReZero, ReZeroConfig, ReZeroForCausalLM
+from hf_rezero import Muon, ReZero, ReZeroConfig, ReZeroForCausalLM, param_groups
 from hf_rezero.gradinit import GradInit, gradinit_, half_overlap, mean_over_processes
+from hf_rezero.trial import random_numbers_kept
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gradient norm")
@@ -150,6 +154,12 @@ def no_dropout(model):
 # The oracle
 
 
+def polar(matrices, steps=None):
+    """U V^T of U S V^T, over the singular values that are not zero."""
+    u, s, vt = torch.linalg.svd(matrices, full_matrices=False)
+    return u * (s > 1e-9 * s[..., :1]).unsqueeze(-2) @ vt
+
+
 def oracle_step(algorithm, grads, theta, trusted):
     """The trial step A[g] of each tensor and the norm that belongs to it."""
     if algorithm == "sgd":
@@ -157,6 +167,11 @@ def oracle_step(algorithm, grads, theta, trusted):
     if algorithm == "sgd_normalized":
         norm = torch.cat([g.flatten() for g in grads.values()]).norm()
         return {n: g / norm for n, g in grads.items()}, norm
+    if algorithm == "muon":
+        factors = {n: 0.2 * max(grads[n].shape) ** 0.5 for n in ("block.module.0.weight", "block.module.2.weight")}
+        steps = {n: factors[n] * polar(g) if n in factors else g.sign() for n, g in grads.items()}
+        norms = {n: factors[n] * torch.linalg.matrix_norm(grads[n], "nuc") for n in factors}
+        return steps, sum(norms.values()) + sum(g.abs().sum() for n, g in grads.items() if n not in factors)
     steps = {}
     for name, g in grads.items():
         direction = g if algorithm == "lars" else g.sign()
@@ -194,13 +209,14 @@ def oracle(model, batches, algorithm, eta, gamma, scale_lr, floor, ceiling):
 
 
 # The norm varies by batch around these, so that both branches are taken.
-GAMMAS = {"adam": 42.0, "lamb": 37.0, "sgd": 4.2, "sgd_normalized": 4.2, "lars": 14.0}
+GAMMAS = {"adam": 42.0, "lamb": 37.0, "sgd": 4.2, "sgd_normalized": 4.2, "lars": 14.0, "muon": 24.0}
 
 
 @pytest.mark.parametrize("second_order", ["double_backward", "finite_difference"])
 @pytest.mark.parametrize("algorithm", GAMMAS)
-def test_equals_algorithm_1(algorithm, second_order):
-    model, batches = Net().double(), net_batches(25)
+def test_equals_algorithm_1(algorithm, second_order, monkeypatch):
+    monkeypatch.setattr("hf_rezero.optim.muon.orthogonalize", polar)
+    model, batches = Net().double(), net_batches(25, rows=48 if algorithm == "muon" else 8)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     settings = {"eta": 0.05, "gamma": GAMMAS[algorithm], "scale_lr": 0.05}
     scales, branches = oracle(model, batches, algorithm, **settings, floor=0.85, ceiling=1.2)
@@ -231,6 +247,56 @@ def test_radam_and_ranger_take_the_sign_step():
         for a in ("adam", "adamw", "radam", "ranger")
     ]
     assert all(report.scales == reports[0].scales for report in reports)
+
+
+class Layers(nn.Module):
+    """A linear layer and convolutions of all orientations and shapes, and tensors that are none of their weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(3, 6, 3), nn.ConvTranspose2d(6, 4, 2)
+        self.inner, self.norm, self.table = Conv1D(5, 49), nn.LayerNorm(5), nn.Embedding(4, 5)
+        self.mix, self.gate = nn.Parameter(torch.randn(5, 5)), ReZero(nn.Linear(5, 5), 0.5)
+        self.head = nn.Linear(20, 4, bias=False)
+
+    def forward(self, x):
+        x = self.inner(self.up(self.conv(x).tanh()).flatten(2).tanh()) + self.table.weight
+        return self.head(self.gate(self.norm(x @ self.mix)).flatten(1))
+
+
+@pytest.mark.parametrize("build", [Layers, Net])
+def test_the_trial_step_of_muon_is_its_first_step(build):
+    model = no_dropout(build().double())
+    batches = [(x.double(), y) for x, y in images(2)] if build is Layers else net_batches(2, rows=24)
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    init = GradInit(model, eta=0.05, gamma=1e9, algorithm="muon", loss_fn=loss_fn)
+    init.step(batches[0], [batches[1]])
+    optimizer = Muon(param_groups(model), lr=0.05, momentum=0.0, eps=1e-30)
+    loss_fn(model.eval(), batches[0]).backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        start, trial = seen[0][name], seen[1][name]
+        assert (trial - p).norm() < 0.02 * (p - start).norm(), name  # matrices of one shape share a product in bf16
+        if "momentum_buffer" not in optimizer.state[p]:
+            torch.testing.assert_close(trial, p.detach())
+    assert init.history[0]["trial_loss"] == pytest.approx(loss_fn(model, batches[1]).item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "rezero", "vgg"])
+def test_the_constraint_gradient_of_muon_is_that_of_the_nuclear_norm(case, monkeypatch):
+    """Newton-Schulz for U V^T shortens it, its singular values being about 0.9, and hardly turns it."""
+    build, batches, loss_fn = CASES[case]
+    model, batch, options = build(), next(batches(1)), {"algorithm": "muon", "second_order": "double_backward"}
+    found = constraint_slope(model, batch, loss_fn, **options)
+    monkeypatch.setattr("hf_rezero.optim.muon.orthogonalize", polar)
+    exact = constraint_slope(model, batch, loss_fn, **options)
+    assert F.cosine_similarity(found, exact, 0) > 0.999
+    assert 0.8 < found.norm() / exact.norm() < 1.1
 
 
 # Batches
@@ -290,6 +356,7 @@ def snapshot(model):
         "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "rng": torch.get_rng_state(),
+        "other rng": (random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2:]),
     }
 
 
@@ -305,7 +372,7 @@ def assert_same(before, after, but=()):
 
 
 class Everything(nn.Module):
-    """BatchNorm, dropout, a frozen tensor, a zero tensor, a residual weight, noise in the forward pass."""
+    """BatchNorm, dropout, a frozen tensor, a zero tensor, a residual weight, noise of three kinds."""
 
     def __init__(self):
         super().__init__()
@@ -319,7 +386,7 @@ class Everything(nn.Module):
         self.layers[0].weight.grad = torch.randn(6, 3, 3, 3)
 
     def forward(self, x):
-        noise = 0.01 * torch.randn(len(x), 4)
+        noise = 0.01 * torch.randn(len(x), 4) * random.random() * np.random.rand()
         return self.gate(self.layers(x)) * self.frozen + self.offset + noise
 
 
@@ -359,13 +426,52 @@ def test_everything_comes_back_after_an_exception(call):
     assert_same(before, snapshot(model))
 
 
+def stop(*args):
+    raise KeyboardInterrupt
+
+
+def backward_stops(model, batch):
+    loss = image_loss(model, batch)
+    loss.register_hook(stop)
+    return loss
+
+
+def second_backward_stops(model, batch):
+    def in_first(grad):
+        if grad.requires_grad:
+            grad.register_hook(stop)
+
+    loss = image_loss(model, batch)
+    loss.register_hook(in_first)
+    return loss.square()
+
+
+STOPS = {
+    "backward": {"loss_fn": backward_stops},
+    "second backward": {"loss_fn": second_backward_stops, "second_order": "double_backward", "gamma": 1e-6},
+    "reduce": {"reduce": stop},
+    "callback": {"callback": stop},
+    "batches": {"batches": map(stop, [0])},
+}
+
+
+@pytest.mark.filterwarnings("ignore:frozen")
+@pytest.mark.parametrize("where", STOPS)
+def test_everything_comes_back_wherever_it_was_stopped(where):
+    model, options = Everything(), {"batches": list(images(4)), "loss_fn": image_loss, **STOPS[where]}
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        gradinit_(model, options.pop("batches"), eta=0.1, **options)
+    assert_same(before, snapshot(model))
+
+
 @pytest.mark.filterwarnings("ignore:frozen")
 def test_the_loss_is_that_of_batch_statistics_without_dropout():
     model, (batch, fresh) = Everything(), images(2)
     init = GradInit(model, eta=0.1, loss_fn=image_loss)
     twin = copy.deepcopy(model).train()
     twin.layers[3].p = 0.0
-    with torch.random.fork_rng():
+    with random_numbers_kept():
         expected = image_loss(twin, batch)
     init.step(batch, half_overlap(batch, fresh))
     assert init.history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
@@ -461,7 +567,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("algorithm", ["adam", "sgd", "lars", "lamb"])
+@pytest.mark.parametrize("algorithm", ["adam", "sgd", "lars", "lamb", "muon"])
 @pytest.mark.parametrize("case", CASES)
 def test_finite_difference_agrees_with_double_backward(case, algorithm):
     build, batches, loss_fn = CASES[case]
@@ -476,10 +582,18 @@ def test_finite_difference_averages_the_jumps_of_a_relu_resnet():
     assert agreements[1] > max(0.9, agreements[0])
 
 
-def test_noise_is_the_same_in_all_gradients_of_a_step():
+NOISE = {
+    "torch": lambda x: F.dropout(x, 0.5, training=True),
+    "numpy": lambda x: x * torch.tensor(np.random.rand(*x.shape), dtype=x.dtype),
+    "python": lambda x: x * random.random(),
+}
+
+
+@pytest.mark.parametrize("source", NOISE)
+def test_noise_is_the_same_in_all_gradients_of_a_step(source):
     class Noisy(nn.Sequential):
         def forward(self, x):
-            return super().forward(F.dropout(x, 0.5, training=True))
+            return super().forward(NOISE[source](x))
 
     model, batch = Noisy(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), (torch.randn(8, 6), torch.randint(0, 4, (8,)))
     assert agreement(model, batch, image_loss) > 0.999

@@ -48,7 +48,7 @@ ALLOWED = {
     "dead_branches.py": {"torch"},
     "fold.py": {"torch"},
     "convert.py": {"torch"},
-    "trial.py": {"torch"},
+    "trial.py": {"torch", "numpy"},
     "gradinit.py": {"torch", "matplotlib", "optim", "plots", "trial"},
     "metainit.py": {"torch", "gradinit", "optim", "trial"},
     "diagnostics.py": {"torch", "numpy", "optim"},

@@ -1,7 +1,9 @@
 """GradInit in the Trainer: the same scales however it is reached, and no trace of it in the training that follows."""
 
 import json
+import math
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,13 @@ from launch import run_script
 from safetensors.torch import load_file
 from training import TEXT, make_trainer
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.training_args import OptimizerNames
 
 from hf_rezero import GradInitConfig, ReZeroForCausalLM
+from hf_rezero.data import ByteDataset
 from hf_rezero.gradinit import GradInit, gradinit_
-from hf_rezero.trainer_gradinit import state_file
+from hf_rezero.optim.naming import BASES
+from hf_rezero.trainer_gradinit import ALGORITHMS, algorithm_for, run_gradinit, state_file
 
 
 @pytest.fixture
@@ -68,14 +73,33 @@ def test_training_goes_on_as_it_does_from_weights_that_were_scaled_by_hand(make_
     assert same(weights(trainer.model), weights(by_hand))
 
 
-def test_random_numbers_are_left_as_they_were(make_model, arguments):
-    from hf_rezero.trainer_gradinit import run_gradinit
+def random_states():
+    return (
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        np.random.get_state()[2:],
+    )
 
-    trainer = make_trainer(make_model(), arguments(gradinit_steps=2))
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    run_gradinit(trainer, trainer.gradinit, resume=False)
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+
+class Unreadable(ByteDataset):
+    def __getitem__(self, index):
+        raise OSError("no such file")
+
+    __getitems__ = __getitem__
+
+
+@pytest.mark.parametrize("fails", [None, "loss", "data"])
+def test_random_numbers_are_left_as_they_were(make_model, arguments, fails):
+    data = {"train_dataset": Unreadable(TEXT, 16)} if fails == "data" else {}
+    trainer = make_trainer(make_model(), arguments(gradinit_steps=2), **data)
+    if fails == "loss":
+        trainer.model.lm_head.weight.data.fill_(math.nan)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    states = random_states()
+    with pytest.raises((ValueError, OSError), match="loss is nan|no such file") if fails else nullcontext():
+        run_gradinit(trainer, trainer.gradinit, resume=False)
+    assert random_states() == states
 
 
 def test_it_is_the_gradinit_of_the_plain_loop(make_model, arguments):
@@ -88,7 +112,8 @@ def test_it_is_the_gradinit_of_the_plain_loop(make_model, arguments):
 
 
 @pytest.mark.parametrize(
-    "name, algorithm", [("sgd", "sgd_normalized"), ("lookahead+sgd", "sgd_normalized"), ("larc", "lars")]
+    "name, algorithm",
+    [("sgd", "sgd_normalized"), ("lookahead+sgd", "sgd_normalized"), ("larc", "lars"), ("gc+snoo+muon", "muon")],
 )
 def test_the_trial_step_is_that_of_the_optimizer(make_model, arguments, name, algorithm):
     trainer = make_trainer(make_model(), arguments(gradinit_steps=1, optim=name, max_steps=1, learning_rate=0.01))
@@ -98,6 +123,50 @@ def test_the_trial_step_is_that_of_the_optimizer(make_model, arguments, name, al
     trainer = make_trainer(make_model(), arguments(optim=name, max_steps=1), gradinit=config)
     trainer.train()
     assert (trainer.gradinit_report.algorithm, trainer.gradinit_report.eta) == ("lamb", 0.5)
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "sgd", "lars", "lamb", "muon"])
+def test_the_first_step_of_the_optimizer_goes_where_the_trial_step_went(make_model, arguments, name):
+    args, seen = arguments(optim=name, lr_scheduler_type="constant"), []
+
+    def loss_fn(model, batch):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        return model(**batch).loss
+
+    model, ids = make_model().eval(), torch.randint(0, 256, (4, 16))
+    batch = {"input_ids": ids, "labels": ids}
+    options = GradInitConfig(num_steps=1, gamma=1e9).options(args)
+    GradInit(model, loss_fn=loss_fn, **options).step(batch, [batch])
+    optimizer = make_trainer(model, args).create_optimizer()
+    loss_fn(model, batch).backward()
+    optimizer.step()
+    for start, trial, p in zip(seen[0], seen[1], model.parameters(), strict=True):
+        steps = [(weight - start).flatten() for weight in (trial, p.detach())]
+        assert torch.cosine_similarity(*steps, 0) > 0.98  # the eps of LAMB is no trifle beside small gradients
+
+
+def test_an_optimizer_without_a_trial_step_is_refused_before_training(make_model, arguments):
+    names = {name.value for name in OptimizerNames}
+    assert BASES.keys() <= ALGORITHMS.keys() <= BASES.keys() | names
+    for name in names - ALGORITHMS.keys():
+        with pytest.raises(ValueError, match=f"the optimizer '{name}' came, and GradInit has no trial step for it"):
+            algorithm_for(f"gc+lookahead+{name}")
+    assert {
+        "adafactor",
+        "adagrad",
+        "rmsprop",
+        "lion_32bit",
+        "galore_adamw",
+        "schedule_free_adamw",
+    } < names - ALGORITHMS.keys()
+    trainer = make_trainer(make_model(), arguments(optim="adafactor", gradinit_steps=2))
+    before = weights(trainer.model)
+    with pytest.raises(ValueError, match=r"only for adamw_torch, .*, muon\. .*GradInitConfig\(algorithm=\.\.\.\)"):
+        trainer.train()
+    assert same(weights(trainer.model), before)
+    trainer.gradinit = GradInitConfig(num_steps=2, algorithm="adam")
+    trainer.train()
+    assert trainer.gradinit_report.algorithm == "adam"
 
 
 def test_a_run_that_was_killed_inside_it_ends_with_the_same_weights(make_model, arguments, monkeypatch, tmp_path):

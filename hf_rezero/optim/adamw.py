@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from .buckets import lie_alike
+
 
 def adam_state(p: Tensor) -> dict:
     """No steps, and moments of zero."""
@@ -31,18 +33,20 @@ def adamw_(
 
     Args:
         params: What is updated.
-        grads: As laid out in memory as `params`.
+        grads: The gradients.
         states: One dict for each parameter, with `exp_avg` and `exp_avg_sq`.
         step: t, which starts at 1 and counts this step.
         lr: Learning rate.
         betas: b1, b2.
         eps: Added to the corrected root.
         weight_decay: Decoupled.
-        fused: True, False, or None to take the fused kernel wherever torch has one.
+        fused: True, False, or None to take the fused kernel wherever torch has one; it is left where it would pair the
+            wrong numbers, as the tensors lie in memory with gaps or in several orders.
     """
     exp_avgs = [state["exp_avg"] for state in states]
     exp_avg_sqs = [state["exp_avg_sq"] for state in states]
-    update = _fused if fused or fused is None and has_fused_kernel(params[0]) else _foreach
+    may_fuse = has_fused_kernel(params[0]) if fused is None else fused
+    update = _fused if may_fuse and lie_alike(params, grads, exp_avgs, exp_avg_sqs) else _foreach
     update(params, grads, exp_avgs, exp_avg_sqs, step, lr, *betas, weight_decay, eps)
 
 

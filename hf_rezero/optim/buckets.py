@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -54,8 +55,8 @@ def buckets(group: dict, state: dict, new_state: Callable[[Tensor], dict]) -> It
         entry = state[p]
         if "step" not in entry:
             entry.update(new_state(p))
-        entry["step"] = int(entry["step"]) + 1
-        by_kind[entry["step"], p.dtype, p.device, mesh_of(p), p.ndim >= 2].append(p)
+        step = entry["step"] = int(entry["step"]) + 1
+        by_kind[step, p.dtype, p.device, mesh_of(p), p.ndim >= 2].append(p)
     for (step, *_), params in by_kind.items():
         for chunk in chunks(params):
             yield step, chunk
@@ -85,9 +86,25 @@ def chunks(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield chunk
 
 
+def lie_alike(*lists: list[Tensor]) -> bool:
+    """Whether the tensors at each place of the lists lie in memory in one order.
+
+    Fused kernels walk them in the order of storage, gaps and all. No tensor has gaps if one of them has none, as a
+    state that `zeros_like` has made.
+    """
+    if all(map(Tensor.is_contiguous, chain(*lists))):  # as nearly always, and quick to ask
+        return True
+    return all(len({tensor.stride() for tensor in tensors}) == 1 for tensors in zip(*lists, strict=True))
+
+
 def gradients(params: list[Tensor]) -> list[Tensor]:
-    """The gradients, in the memory layout of their parameters: fused kernels walk both in the order of storage."""
-    return [p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad) for p in params]
+    """The gradients, in the memory layout of their parameters, so that a fused kernel may take them."""
+    grads = [p.grad for p in params]
+    if lie_alike(params, grads):
+        return grads
+    return [
+        g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in zip(params, grads, strict=True)
+    ]
 
 
 def refuse_flat_shards(params: Iterable[Tensor], technique: str) -> None:

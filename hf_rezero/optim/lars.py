@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .adamw import has_fused_kernel
-from .buckets import WholeMatrices, buckets, evaluate, gradients, mesh_of
+from .buckets import WholeMatrices, buckets, evaluate, gradients, lie_alike, mesh_of
 from .lamb import norms, scale_
 
 
@@ -94,7 +94,7 @@ def _momentum_step(params, steps, buffers, group):
     momentum, nesterov = group["momentum"], group["nesterov"]
     # torch's fused SGD knows no sharded tensors, and on a CPU fills bf16 and fp16 momentum with uninitialised memory
     is_safe = mesh_of(params[0]) is None and torch.finfo(params[0].dtype).bits >= 32
-    if momentum and is_safe and has_fused_kernel(params[0]):
+    if momentum and is_safe and has_fused_kernel(params[0]) and lie_alike(params, steps, buffers):
         options = {"weight_decay": 0.0, "dampening": 0.0, "maximize": False, "is_first_step": False}
         torch._fused_sgd_(params, steps, buffers, lr=1.0, momentum=momentum, nesterov=nesterov, **options)
         return

@@ -120,11 +120,17 @@ def muon_(params: list[Tensor], grads: list[Tensor], states: list[dict], group: 
     for p, update in zip(params, torch._foreach_lerp(grads, buffers, momentum), strict=True):
         by_shape[p.shape].append((p, update))
     for pairs in by_shape.values():
-        turned = [whole(update).transpose(0, output_dim) for _, update in pairs]  # (outputs, ...)
-        steps = orthogonalize(torch.stack([u.flatten(1) for u in turned]), group["num_iterations"])
-        factor = 0.2 * lr * max(steps.shape[1:]) ** 0.5
-        for (p, _), u, step in zip(pairs, turned, steps, strict=True):
-            p.sub_(as_sharded(step.reshape(u.shape).transpose(0, output_dim).to(p.dtype), p), alpha=factor)
+        updates = [whole(update) for _, update in pairs]
+        factor, steps = orthogonal_steps(updates, output_dim, group["num_iterations"])
+        for (p, _), step in zip(pairs, steps, strict=True):
+            p.sub_(as_sharded(step.to(p.dtype), p), alpha=lr * factor)
+
+
+def orthogonal_steps(updates: list[Tensor], output_dim: int, num_iterations: int = 5) -> tuple[float, list[Tensor]]:
+    """The factor 0.2 sqrt(max(rows, columns)), and `orthogonalize` of updates of one shape, in bf16."""
+    turned = torch.stack([update.transpose(0, output_dim) for update in updates])  # (n, outputs, ...)
+    steps = orthogonalize(turned.flatten(2), num_iterations)
+    return 0.2 * max(steps.shape[1:]) ** 0.5, list(steps.reshape(turned.shape).transpose(1, output_dim + 1))
 
 
 def whole(tensor: Tensor) -> Tensor:
