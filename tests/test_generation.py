@@ -137,7 +137,7 @@ def test_continuous_batching_gives_the_text_of_each_prompt(make_model, ids):
     model = make_model(initializer_range=1.0)
     prompts = [ids[0].tolist(), ids[1, :5].tolist()]
     options = {"max_new_tokens": 6, "do_sample": False}
-    config = GenerationConfig(**options, eos_token_id=-1, num_blocks=64, max_batch_tokens=64)
+    config = GenerationConfig(**options, eos_token_id=-1, num_blocks=8, max_batch_tokens=32)
     model.set_attn_implementation("sdpa")
     answers = model.generate_batch(prompts, generation_config=config, progress_bar=False)
     got = sorted(answer.generated_tokens for answer in answers.values())

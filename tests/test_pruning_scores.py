@@ -36,8 +36,7 @@ def net():
 @pytest.mark.parametrize("sparsity", [0.2, 0.6])
 def test_sizes_are_the_parameters_that_are_counted_after_removal(name, sparsity):
     model, batch = build(name)
-    targets = ("heads", "neurons", "channels") + (("layers",) if name in ("rezero_gqa", "gpt2") else ())
-    groups = find_groups(model, targets)
+    groups = find_groups(model) + (find_groups(model, ["layers"]) if name in ("rezero_gqa", "gpt2") else [])
     sizes = Sizes(model, groups)
     kept = select(model, groups, random(groups, torch.Generator().manual_seed(0)), sparsity, scope="global")
     report = prune_(model, groups, kept)

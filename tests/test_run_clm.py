@@ -212,7 +212,9 @@ def test_arguments_that_nothing_would_read_are_refused(text, tmp_path, given, sw
 
 def test_a_checkpoint_that_reads_other_tokens_is_refused(text, tmp_path):
     """Byte ids would be other tokens to it: 72 is "i" to GPT-2."""
-    tokens = Tokenizer(models.BPE(vocab={chr(97 + i): i for i in range(26)} | {"ab": 26, "[UNK]": 27}, merges=[("a", "b")]))
+    tokens = Tokenizer(
+        models.BPE(vocab={chr(97 + i): i for i in range(26)} | {"ab": 26, "[UNK]": 27}, merges=[("a", "b")])
+    )
     PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="[UNK]").save_pretrained(tmp_path / "gpt2")
     config = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
