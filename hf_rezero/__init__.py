@@ -16,13 +16,10 @@ from transformers.models.auto.image_processing_auto import (
     AutoImageProcessor,
 )  # 5.17's public name asks for torchvision
 
-from .data import load_corpus
+from .data import byte_tokenizer, load_corpus
 from .diagnostics import jacobian_spectrum
-from .fold import fold_resweight_
-from .gradinit import gradinit_
-from .grow import grow_
+from .initialization import gradinit_, metainit_
 from .layers import ReZero, RZTXDecoderLayer, RZTXEncoderLayer
-from .metainit import metainit_
 from .models.image_processing_gray import GrayImageProcessorPil
 from .models.rezero.configuration_rezero import ReZeroConfig
 from .models.rezero.modeling_rezero import (
@@ -36,36 +33,31 @@ from .models.rezero_mlp.configuration_rezero_mlp import ReZeroMLPConfig
 from .models.rezero_mlp.modeling_rezero_mlp import ReZeroMLPForImageClassification, ReZeroMLPModel
 from .models.rezero_resnet.configuration_rezero_resnet import ReZeroResNetConfig
 from .models.rezero_resnet.modeling_rezero_resnet import ReZeroResNetForImageClassification, ReZeroResNetModel
+from .moved import find_moved_modules
 from .optim import LAMB, LARS, Muon, RAdam, Ranger, RangerLARS, centralize_gradients, lookahead, param_groups
-from .tokenization import byte_tokenizer
+from .rewrite import fold_resweight_, grow_
 
 
 if TYPE_CHECKING:
-    from .trainer import ReZeroTrainer, ReZeroTrainingArguments
-    from .trainer_gradinit import GradInitConfig
-    from .trainer_pruning import PruningConfig
+    from .trainer import GradInitConfig, PruningConfig, ReZeroTrainer, ReZeroTrainingArguments
 
 __version__ = "0.1.0"
 
 # the Trainer of transformers takes as long to import as everything else: it comes with its first use
-_WITH_TRAINER = {
-    "ReZeroTrainer": "trainer",
-    "ReZeroTrainingArguments": "trainer",
-    "GradInitConfig": "trainer_gradinit",
-    "PruningConfig": "trainer_pruning",
-}
+_WITH_TRAINER = ("GradInitConfig", "PruningConfig", "ReZeroTrainer", "ReZeroTrainingArguments")
 
 
 def __getattr__(name: str):
     if name not in _WITH_TRAINER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_WITH_TRAINER[name]}", __name__), name)
+    return getattr(import_module(".trainer", __name__), name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+find_moved_modules()
 for config_class in (ReZeroConfig, ReZeroMLPConfig, ReZeroResNetConfig):
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     config_class.register_for_auto_class()

@@ -20,12 +20,12 @@ from transformers import (
     Trainer,
 )
 
-from .diagnostics import resweight_profile
-from .optim.naming import split_items
+from .data.tokenizer import byte_tokenizer
+from .diagnostics.jacobian import resweight_profile
+from .optim.registry import split_items
 from .plots import plot_resweights, plot_training
-from .tokenization import byte_tokenizer
-from .trainer import ReZeroTrainingArguments, last_checkpoint
-from .trainer_gradinit import state_file
+from .trainer.gradinit import state_file
+from .trainer.trainer import ReZeroTrainingArguments, last_checkpoint
 
 
 @dataclass

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, set_seed
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_rezero import load_corpus
-from hf_rezero.diagnostics import (
+from hf_rezero.diagnostics.jacobian import (
     gradient_profile,
     jacobian_bounds,
     jacobian_moments,

@@ -38,8 +38,7 @@ from hf_rezero.cli import (
     parse_arguments,
     run,
 )
-from hf_rezero.data import ByteDataset, collate_bytes, evaluation_windows
-from hf_rezero.model_card import write_model_card
+from hf_rezero.data.corpora import ByteDataset, collate_bytes, evaluation_windows
 from hf_rezero.plots import plot_kept, plot_sparsity_curve
 from hf_rezero.pruning import (
     PruningReport,
@@ -55,6 +54,7 @@ from hf_rezero.pruning import (
     select,
     taylor,
 )
+from hf_rezero.publish.card import write_model_card
 
 
 SCORES = ("first_k", "random", "magnitude", "apoz", "taylor")

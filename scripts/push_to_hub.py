@@ -10,7 +10,7 @@ The token is that of `hf auth login`, or HF_TOKEN.
 import argparse
 from pathlib import Path
 
-from hf_rezero.hub import PushError, files_to_push, push_folder
+from hf_rezero.publish.push import PushError, files_to_push, push_folder
 
 
 def main(argv: list[str] | None = None) -> str | None:

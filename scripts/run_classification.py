@@ -21,14 +21,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction, set_seed
 
 from hf_rezero import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
-from hf_rezero.cli import (
-    ModelArguments,
-    check_output_dir,
-    check_purpose,
-    load_model,
-    parse_arguments,
-    run,
-)
+from hf_rezero.cli import ModelArguments, check_output_dir, check_purpose, load_model, parse_arguments, run
 
 
 # tsv as GLUE has it: a quotation mark is a character like any other

@@ -34,7 +34,7 @@ from transformers import (
 
 from hf_rezero import ReZeroTrainer, ReZeroTrainingArguments
 from hf_rezero.cli import ModelArguments, check_output_dir, check_purpose, load_any_model, parse_arguments, run
-from hf_rezero.images import (
+from hf_rezero.data.images import (
     Augmentation,
     DecodedImages,
     ImageDataset,

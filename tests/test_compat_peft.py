@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_rezero import ReZeroForCausalLM, ReZeroForSequenceClassification
-from hf_rezero.dead_branches import FROZEN, blocked_branches
+from hf_rezero.diagnostics.resweights import FROZEN, blocked_branches
 
 
 peft = pytest.importorskip("peft", reason="pip install peft")

@@ -24,8 +24,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, RandomSampler, Subset
 
-from hf_rezero import data as data_module
-from hf_rezero.data import ByteDataset, collate_bytes, evaluation_windows, load_corpus
+from hf_rezero.data import corpora as data_module
+from hf_rezero.data.corpora import ByteDataset, collate_bytes, evaluation_windows, load_corpus
 
 
 torch.set_num_threads(1)

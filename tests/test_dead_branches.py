@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_rezero import ReZero, ReZeroForCausalLM, RZTXEncoderLayer
-from hf_rezero.dead_branches import FROZEN, ZERO_BRANCH, blocked_branches, warn_of_blocked_branches
+from hf_rezero.diagnostics.resweights import FROZEN, ZERO_BRANCH, blocked_branches, warn_of_blocked_branches
 
 
 def backward(model, x=None):

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_rezero import ReZero, ReZeroForCausalLM, ReZeroModel, RZTXEncoderLayer
-from hf_rezero.diagnostics import (
+from hf_rezero.diagnostics.jacobian import (
     gradient_profile,
     jacobian_bounds,
     jacobian_moments,

@@ -14,7 +14,7 @@ from hf_rezero import (
     RZTXEncoderLayer,
     fold_resweight_,
 )
-from hf_rezero.convert import rezero_to_rztx, rztx_to_rezero
+from hf_rezero.rewrite.rztx import rezero_to_rztx, rztx_to_rezero
 
 
 CONFIGS = {

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
 from hf_rezero import ReZeroTrainer
-from hf_rezero.images import (
+from hf_rezero.data.images import (
     Augmentation,
     DecodedImages,
     ImageDataset,

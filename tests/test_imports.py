@@ -1,77 +1,96 @@
 """Who may import whom: DESIGN of the library, held by a scan of the sources."""
 
 import ast
+import importlib
 import subprocess
 import sys
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
 
 import hf_rezero
+from hf_rezero.moved import MOVED
 
 
 PACKAGE = Path(hf_rezero.__file__).parent
-ALLOWED = {
-    "models/rezero/configuration_rezero.py": {"transformers"},
-    "models/rezero/modeling_rezero.py": {"torch", "transformers", "configuration_rezero"},
-    **{
-        f"models/{name}/{kind}_{name}.py": allowed
-        for name in ("rezero_mlp", "rezero_resnet")
-        for kind, allowed in (
-            ("configuration", {"transformers"}),
-            ("modeling", {"torch", "transformers", f"configuration_{name}"}),
-        )
-    },
-    "models/image_processing_gray.py": {"PIL", "transformers"},
-    "images.py": {"torch", "numpy", "datasets", "PIL"},
-    "schedules.py": {"torch", "numpy"},
-    "layers.py": {"torch"},
-    **{f"structure/{path.name}": {"torch"} for path in PACKAGE.glob("structure/*.py")},
-    **{
-        f"optim/{path.name}": {"torch", *(p.stem for p in path.parent.glob("*.py"))}
-        for path in PACKAGE.glob("optim/*.py")
-    },
-    **{
-        f"pruning/{path.name}": {"torch", "structure", *(p.stem for p in path.parent.glob("*.py"))}
-        | ({"safetensors"} if path.stem == "storage" else set())
-        for path in PACKAGE.glob("pruning/*.py")
-    },
-    "grow.py": {"torch", "pruning"},
-    "hub.py": {"huggingface_hub", "safetensors", "transformers", "model_card"},
-    "model_card.py": {
-        *("huggingface_hub", "jinja2", "pruning", "run_record", "safetensors", "tokenization", "yaml"),
-    },
-    "run_record.py": {"torch", "diagnostics", "plots", "tokenization"},
-    "metrics/__init__.py": {"evaluate"},
-    "metrics/bits_per_byte/bits_per_byte.py": {"datasets", "evaluate"},
-    "metrics/bits_per_byte/app.py": {"evaluate", "gradio"},
-    "dead_branches.py": {"torch"},
-    "fold.py": {"torch"},
-    "convert.py": {"torch"},
-    "trial.py": {"torch", "numpy"},
-    "gradinit.py": {"torch", "matplotlib", "optim", "plots", "trial"},
-    "metainit.py": {"torch", "gradinit", "optim", "trial"},
-    "diagnostics.py": {"torch", "numpy", "optim"},
-    "plots.py": {"matplotlib"},
-    "data.py": {"torch", "numpy", "datasets"},
-    "tokenization.py": {"tokenizers", "transformers"},
+REPOSITORY = PACKAGE.parent
+# what each part may import from elsewhere, and which of our own parts; each may import itself
+RULES = {
+    "models": ({"torch", "transformers", "PIL"}, set()),
+    "structure": ({"torch"}, set()),
+    "files": (set(), set()),
+    "layers": ({"torch"}, set()),
+    "plots": ({"matplotlib"}, {"files"}),
+    "moved": (set(), set()),
+    "metrics": ({"evaluate", "datasets", "gradio"}, set()),
+    "optim": ({"torch", "numpy"}, {"structure", "files"}),
+    "initialization": ({"torch", "numpy", "matplotlib"}, {"optim", "structure", "files", "plots"}),
+    "pruning": ({"torch", "numpy", "safetensors"}, {"structure", "files"}),
+    "rewrite": ({"torch", "numpy"}, {"structure", "files", "pruning"}),
+    "diagnostics": ({"torch", "numpy"}, {"structure", "files", "optim"}),
+    "data": ({"torch", "numpy", "datasets", "PIL", "tokenizers", "transformers"}, {"files"}),
+    "publish": (
+        {"torch", "huggingface_hub", "safetensors", "transformers", "jinja2", "yaml"},
+        {"data", "diagnostics", "files", "plots", "pruning", "structure"},
+    ),
+    "trainer": (
+        {"torch", "numpy", "transformers", "accelerate", "safetensors", "tqdm"},
+        {
+            "data",
+            "diagnostics",
+            "files",
+            "initialization",
+            "metrics",
+            "optim",
+            "plots",
+            "pruning",
+            "publish",
+            "structure",
+        },
+    ),
 }
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def imported(path):
+def part_of(path):
+    """The first folder or file of the package that holds the path."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path):
+    """The dotted names of all that a file imports, relative ones in full."""
+    package = ".".join(path.relative_to(REPOSITORY).parent.parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            modules = [node.module or ""]
+            relative = "." * node.level + (node.module or "")
+            module = resolve_name(relative, package) if node.level else node.module
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names if module == "hf_rezero")
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if part_of(p) in RULES], ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_each_file_imports_only_what_its_part_may(path):
+    others, ours = RULES[part_of(path)]
+    for module in imported_modules(path):
+        top, _, rest = module.partition(".")
+        if top == "hf_rezero":
+            assert rest and rest.split(".")[0] in {part_of(path), *ours}, module
         else:
-            continue
-        yield from (m.split(".")[0] for m in modules if m.split(".")[0] not in sys.stdlib_module_names)
+            assert top in others or top in sys.stdlib_module_names, module
 
 
-@pytest.mark.parametrize("file", ALLOWED)
-def test_each_file_imports_only_what_it_may(file):
-    assert set(imported(PACKAGE / file)) <= ALLOWED[file]
+def test_every_file_of_the_package_has_a_rule():
+    assert {part_of(path) for path in FILES} - RULES.keys() <= {"__init__", "cli"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("models/*/*.py")), ids=lambda path: path.name)
+def test_a_file_of_the_hub_imports_only_torch_transformers_and_its_own_configuration(path):
+    for module in imported_modules(path):
+        is_own = module == f"hf_rezero.models.{path.parent.name}.configuration_{path.parent.name}"
+        assert module.split(".")[0] in {"torch", "transformers", *sys.stdlib_module_names} or is_own, module
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE.parent / "scripts").glob("*.py")), ids=lambda p: p.name)
@@ -125,3 +144,16 @@ def test_public_names_are_pinned():
 def test_importing_the_library_does_not_import_matplotlib():
     code = "import sys, hf_rezero; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_importing_the_library_imports_no_trainer_and_no_data_sets():
+    code = "import sys, hf_rezero; print({'transformers.trainer', 'datasets', 'evaluate'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_a_module_that_has_moved_is_found_under_its_old_name(old):
+    with pytest.warns(DeprecationWarning, match=f"hf_rezero.{old} has moved: import from hf_rezero.{MOVED[old]}"):
+        sys.modules.pop(f"hf_rezero.{old}", None)
+        module = importlib.import_module(f"hf_rezero.{old}")
+    assert module is sys.modules[f"hf_rezero.{MOVED[old]}"]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_rezero import ReZero, ReZeroConfig, ReZeroForCausalLM
-from hf_rezero.metainit import gradient_quotient, metainit_, random_batches
+from hf_rezero.initialization.metainit import gradient_quotient, metainit_, random_batches
 
 
 def image_loss(model, batch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, param_groups
-from hf_rezero.optim.naming import BASES, FIXED, parse_name, split_arguments, wrap
+from hf_rezero.optim.registry import BASES, FIXED, parse_name, split_arguments, wrap
 
 
 TEXT = b"the quick brown fox jumps over the lazy dog and runs. "

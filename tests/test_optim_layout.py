@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_rezero.optim.naming import BASES, FIXED, parse_name, wrap
+from hf_rezero.optim.registry import BASES, FIXED, parse_name, wrap
 
 
 SHAPES = [(4, 3), (5, 2, 3, 3), (7,), (1,)]

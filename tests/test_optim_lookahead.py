@@ -82,7 +82,7 @@ def test_gradients_that_come_late_or_never(name, base):
 
 @pytest.mark.parametrize("name", ["lookahead", "snoo"])
 def test_more_numbers_than_one_chunk_holds(name, monkeypatch):
-    monkeypatch.setattr("hf_rezero.optim.buckets.CPU_CHUNK", 20)
+    monkeypatch.setattr("hf_rezero.optim.foreach.CPU_CHUNK", 20)
     optimizer, oracle = pair(name, "sgd")
     follow(optimizer, oracle, steps=13, **TIGHT)
 

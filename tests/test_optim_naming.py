@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hf_rezero import LAMB, LARS, Muon, RAdam, Ranger, RangerLARS
-from hf_rezero.optim.naming import BASES, FIXED, OUTER, parse_arguments, parse_name, split_arguments, wrap
+from hf_rezero.optim.registry import BASES, FIXED, OUTER, parse_arguments, parse_name, split_arguments, wrap
 
 
 @pytest.mark.parametrize(

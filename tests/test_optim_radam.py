@@ -82,7 +82,7 @@ def test_channels_last_weights_with_contiguous_gradients(case, fused):
 
 @pytest.mark.parametrize("case", ["radam", "ranger", "ranger_lars"])
 def test_more_numbers_than_one_chunk_holds(case, monkeypatch):
-    monkeypatch.setattr("hf_rezero.optim.buckets.CPU_CHUNK", 20)
+    monkeypatch.setattr("hf_rezero.optim.foreach.CPU_CHUNK", 20)
     optimizer, oracle = pair(case)
     follow(optimizer, oracle, steps=8, **TIGHT)
 

@@ -10,7 +10,7 @@ from hub_server import READER, WRITER, HubServer, Worker
 from safetensors.torch import load_file
 
 from hf_rezero import ReZeroForCausalLM, byte_tokenizer
-from hf_rezero.hub import files_to_push
+from hf_rezero.publish.push import files_to_push
 
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ from unittest.mock import patch
 from transformers import AutoTokenizer, ViTImageProcessorPil
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from hf_rezero import *
-from hf_rezero.hub import *
+from hf_rezero.publish import *
 from hf_rezero.pruning import find_groups, magnitude, prune_, select
 sys.path.insert(0, {str(ROOT / "scripts")!r})
 torch.set_num_threads(1)

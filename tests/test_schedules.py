@@ -7,7 +7,7 @@ from training import make_trainer
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from hf_rezero import ReZeroForCausalLM
-from hf_rezero.schedules import PiecewiseLinear, keep_constant
+from hf_rezero.optim.schedules import PiecewiseLinear, keep_constant
 
 
 # the superconvergence run of the authors of ReZero, learning rates over 1.2

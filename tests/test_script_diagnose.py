@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_rezero import ReZeroForCausalLM, ReZeroForTokenClassification, byte_tokenizer
-from hf_rezero.diagnostics import jacobian_spectrum
+from hf_rezero.diagnostics.jacobian import jacobian_spectrum
 
 
 sys.path.insert(0, str(SCRIPTS))

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from hf_rezero import tokenization
-from hf_rezero.tokenization import byte_tokenizer
+from hf_rezero.data import tokenizer as tokenization
+from hf_rezero.data.tokenizer import byte_tokenizer
 
 
 EDGE_CASES = [

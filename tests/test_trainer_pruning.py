@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 from hf_rezero import PruningConfig, ReZeroForCausalLM, ReZeroTrainingArguments
 from hf_rezero.cli import parse_arguments
 from hf_rezero.pruning import find_groups
-from hf_rezero.pruning.sparsity import Sizes, openness_of
-from hf_rezero.trainer_pruning import _follow
+from hf_rezero.pruning.select import Sizes, openness_of
+from hf_rezero.trainer.pruning import _follow
 
 
 @pytest.fixture
@@ -345,7 +345,7 @@ def test_tied_weights_are_refused_before_the_masks_are_trained(make_config, argu
 )
 def test_l1_without_decay_warns(make_model, arguments, monkeypatch, decay, values, warns):
     told = []
-    monkeypatch.setattr("hf_rezero.trainer_pruning.logger.warning", told.append)
+    monkeypatch.setattr("hf_rezero.trainer.pruning.logger.warning", told.append)
     make_trainer(make_model(), arguments(max_steps=20, weight_decay=decay), pruning=pruning(**values))
     assert [text.startswith("L1 masks without weight_decay: the weights can grow") for text in told] == [True] * warns
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from .buckets import lie_alike
+from .foreach import lie_alike
 
 
 def adam_state(p: Tensor) -> dict:

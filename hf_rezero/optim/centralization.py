@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .buckets import closure_of, refuse_flat_shards
+from .foreach import closure_of, refuse_flat_shards
 
 
 @torch.no_grad()

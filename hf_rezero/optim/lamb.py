@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .adamw import adam_state, adamw_
-from .buckets import WholeMatrices, buckets, evaluate, gradients
+from .foreach import WholeMatrices, buckets, evaluate, gradients
 from .radam import check_hyperparameters
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .adamw import has_fused_kernel
-from .buckets import WholeMatrices, buckets, evaluate, gradients, lie_alike, mesh_of
+from .foreach import WholeMatrices, buckets, evaluate, gradients, lie_alike, mesh_of
 from .lamb import norms, scale_
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .buckets import chunks, closure_of
+from .foreach import chunks, closure_of
 
 
 def lookahead_defaults(k: int, alpha: float, momentum: float = 0.0) -> dict:

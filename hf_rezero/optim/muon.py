@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .adamw import adam_state, adamw_
-from .buckets import WholeMatrices, buckets, evaluate, gradients
+from .foreach import WholeMatrices, buckets, evaluate, gradients
 from .radam import check_hyperparameters
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from .adamw import adam_state, adamw_
-from .buckets import buckets, evaluate, gradients
+from .foreach import buckets, evaluate, gradients
 
 
 def huge(dtype: torch.dtype) -> float:

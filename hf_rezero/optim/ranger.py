@@ -3,8 +3,8 @@
 import torch
 
 from .adamw import adam_state
-from .buckets import WholeMatrices, buckets, evaluate, gradients
 from .centralization import centralize_
+from .foreach import WholeMatrices, buckets, evaluate, gradients
 from .lookahead import (
     give_defaults,
     give_modes,

@@ -7,7 +7,7 @@ from .mask_layers import L0MaskLayer, L1MaskLayer
 from .masks import Masks, attach_masks, finalize_masks
 from .report import PruningReport
 from .scores import apoz, first_k, magnitude, random, reinitialize_, taylor
-from .sparsity import Sizes, select, unit_costs
+from .select import Sizes, select, unit_costs
 from .storage import load_pruned, save_pruned
 from .surgery import carry_state_, prune_, remove_pruned_
 

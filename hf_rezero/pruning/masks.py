@@ -16,8 +16,8 @@ from torch import nn
 
 from .groups import Cut, PruningGroup
 from .mask_layers import FixedMaskLayer, L0MaskLayer, L1MaskLayer, MaskLayer
-from .schedule import Penalty, make_penalty
-from .sparsity import Sizes, keep_above, of_kind, openness_of, select, unit_costs
+from .penalty import Penalty, make_penalty
+from .select import Sizes, keep_above, of_kind, openness_of, select, unit_costs
 
 
 class Masks(nn.Module):

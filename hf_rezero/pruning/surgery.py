@@ -12,7 +12,7 @@ from .activations import output_of
 from .groups import BATCH_NORM, Cut, PruningGroup, child
 from .masks import Masks, finalize_masks, scale
 from .report import PruningReport, from_ranges, to_ranges
-from .sparsity import Sizes, openness_of
+from .select import Sizes, openness_of
 
 
 def remove_pruned_(

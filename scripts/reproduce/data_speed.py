@@ -25,8 +25,8 @@ import torch
 from record import provenance, write_json
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from hf_rezero.data import ByteDataset, collate_bytes, load_corpus
-from hf_rezero.tokenization import byte_tokenizer
+from hf_rezero.data.corpora import ByteDataset, collate_bytes, load_corpus
+from hf_rezero.data.tokenizer import byte_tokenizer
 
 
 class PerItemDataset(Dataset):

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM
-from hf_rezero.gradinit import GradInit, half_overlap
+from hf_rezero.initialization.gradinit import GradInit, half_overlap
 
 
 TARGETS = {"time": 2.0, "memory": 1.4}  # at most, in training steps

@@ -33,8 +33,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from hf_rezero import gradinit_, metainit_, param_groups
-from hf_rezero.gradinit import GradInit, half_overlap
-from hf_rezero.metainit import random_batches
+from hf_rezero.initialization.gradinit import GradInit, half_overlap
+from hf_rezero.initialization.metainit import random_batches
 from hf_rezero.plots import save_figure
 
 

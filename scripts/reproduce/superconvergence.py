@@ -20,7 +20,7 @@ from record import RESULTS, provenance, read_json, write_json
 from resnets import BATCH, PLAIN, accuracy, augment, final, load
 
 from hf_rezero import ReZeroResNetConfig, ReZeroResNetForImageClassification, param_groups
-from hf_rezero.schedules import PiecewiseLinear, keep_constant
+from hf_rezero.optim.schedules import PiecewiseLinear, keep_constant
 
 
 CYCLE = [(0, 0.027), (0.1, 1), (0.9, 0.027), (1, 0.001)]

@@ -13,9 +13,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
 
-from .gradinit import GradInit, GradInitReport, half_overlap, mean_over_processes
-from .optim.naming import parse_name
-from .trial import random_numbers_kept
+from ..initialization.gradinit import GradInit, GradInitReport, half_overlap, mean_over_processes
+from ..initialization.trial import random_numbers_kept
+from ..optim.registry import parse_name
 
 
 _ADAMW = """adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_torch_8bit adamw_torch_4bit

@@ -17,18 +17,18 @@ from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from .dead_branches import warn_of_blocked_branches
-from .diagnostics import resweight_profile
-from .gradinit import GradInitReport
-from .hub import PushingTrainer
-from .model_card import is_generated, write_model_card
-from .optim import decays, param_groups
-from .optim.naming import BASES, FIXED, parse_name, split_arguments, wrap
-from .optim.param_groups import resweight_groups
-from .run_record import describe_data, listed, record_run
-from .schedules import PiecewiseLinear, keep_constant
-from .trainer_gradinit import GradInitConfig, run_gradinit, state_file
-from .trainer_pruning import PruningConfig, PruningTrainer
+from ..diagnostics.jacobian import resweight_profile
+from ..diagnostics.resweights import warn_of_blocked_branches
+from ..initialization.gradinit import GradInitReport
+from ..optim import decays, param_groups
+from ..optim.param_groups import resweight_groups
+from ..optim.registry import BASES, FIXED, parse_name, split_arguments, wrap
+from ..optim.schedules import PiecewiseLinear, keep_constant
+from ..publish.card import is_generated, write_model_card
+from ..publish.push import PushingTrainer
+from ..publish.record import describe_data, listed, record_run
+from .gradinit import GradInitConfig, run_gradinit, state_file
+from .pruning import PruningConfig, PruningTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -344,7 +344,7 @@ class ReZeroTrainer(PushingTrainer, PruningTrainer):
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         self.evaluated[metric_key_prefix] = describe_data(getattr(dataloader, "dataset", None))
         if self._predicted:
-            from .metrics.bits_per_byte.bits_per_byte import bits_per_byte  # `evaluate` is slow to import
+            from ..metrics.bits_per_byte.bits_per_byte import bits_per_byte  # `evaluate` is slow to import
 
             output.metrics[f"{metric_key_prefix}_bpb"] = bits_per_byte(self._nll, self._predicted)
         return output

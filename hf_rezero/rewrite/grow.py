@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .pruning import find_groups, reinitialize_
-from .pruning.surgery import renumber_layers, write_config
+from ..pruning import find_groups, reinitialize_
+from ..pruning.surgery import renumber_layers, write_config
 
 
 # what ends a branch, and starts at 0 in a model whose residual weights are frozen

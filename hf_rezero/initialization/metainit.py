@@ -19,8 +19,8 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from ..optim.param_groups import decays, is_resweight
 from .gradinit import Reduce, save_json
-from .optim.param_groups import decays, is_resweight
 from .trial import Loss, TrialModel, trainable, twice_differentiable_attention
 
 

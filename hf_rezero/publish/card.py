@@ -13,9 +13,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors import safe_open
 
-from .pruning.report import PruningReport, from_ranges
-from .run_record import RECORD, has_bytes, listed, read_json, results_of_log, write_text
-from .tokenization import byte_tokenizer
+from ..data.tokenizer import byte_tokenizer
+from ..pruning.report import PruningReport, from_ranges
+from .record import RECORD, has_bytes, listed, read_json, results_of_log, write_text
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")

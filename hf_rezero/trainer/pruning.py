@@ -17,12 +17,12 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .pruning.groups import UNITS, PruningGroup, find_groups, search
-from .pruning.masks import Masks, attach_masks
-from .pruning.report import PruningReport, from_ranges
-from .pruning.sparsity import select
-from .pruning.storage import read_provenance, replay_
-from .pruning.surgery import remove_pruned_
+from ..pruning.groups import UNITS, PruningGroup, find_groups, search
+from ..pruning.masks import Masks, attach_masks
+from ..pruning.report import PruningReport, from_ranges
+from ..pruning.select import select
+from ..pruning.storage import read_provenance, replay_
+from ..pruning.surgery import remove_pruned_
 
 
 logger = logging.get_logger(__name__)

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from .optim.muon import orthogonal_steps
-from .optim.param_groups import decays, is_resweight, output_dims
+from ..optim.muon import orthogonal_steps
+from ..optim.param_groups import decays, is_resweight, output_dims
 from .trial import Loss, TrialModel, map_batch, some, trainable
 
 
@@ -96,7 +96,7 @@ class GradInitReport:
         """Draw loss and gradient norm by step, and the scale of every tensor, as a PNG."""
         from matplotlib.figure import Figure
 
-        from .plots import save_figure
+        from ..plots import save_figure
 
         figure = Figure(figsize=(7, 8), layout="constrained")
         losses, norms, scales = figure.subplots(3)

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import torch
 
-from .diagnostics import resweight_profile
-from .tokenization import byte_tokenizer
+from ..data.tokenizer import byte_tokenizer
+from ..diagnostics.jacobian import resweight_profile
 
 
 RECORD = "run.json"
@@ -61,7 +61,7 @@ def record_run(
     if report is not None:
         report.save(folder / "pruning" / "report.json")
     if profile := resweight_profile(model):
-        from .plots import plot_resweights  # matplotlib is slow to import: only who draws waits for it
+        from ..plots import plot_resweights  # matplotlib is slow to import: only who draws waits for it
 
         plot_resweights(profile, folder / "resweights.png")
     return record

@@ -23,7 +23,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
-from .model_card import write_model_card
+from .card import write_model_card
 
 
 logger = logging.get_logger(__name__)
@@ -88,7 +88,7 @@ def push_folder(
         >>> push_folder("outputs/mine", "me/mine", token=False)
         Traceback (most recent call last):
         ...
-        hf_rezero.hub.PushError: me/mine: nobody is logged in: run `hf auth login`, or set HF_TOKEN.
+        hf_rezero.publish.push.PushError: me/mine: nobody is logged in: run `hf auth login`, or set HF_TOKEN.
     """
     files = files_to_push(folder)
     api = open_api(repo_id, token)

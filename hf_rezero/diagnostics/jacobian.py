@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .optim.param_groups import is_resweight
+from ..optim.param_groups import is_resweight
 
 
 __all__ = [

@@ -31,7 +31,7 @@ def rztx_to_rezero(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Example:
         >>> import torch
         >>> from hf_rezero import ReZeroConfig, ReZeroModel, RZTXEncoderLayer
-        >>> from hf_rezero.convert import rztx_to_rezero
+        >>> from hf_rezero.rewrite import rztx_to_rezero
         >>> stack = torch.nn.TransformerEncoder(RZTXEncoderLayer(16, 2, 32), 3, enable_nested_tensor=False)
         >>> shape = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 3}
         >>> model = ReZeroModel(ReZeroConfig(**shape, hidden_act="relu", attention_bias=True, mlp_bias=True))
@@ -70,7 +70,7 @@ def rezero_to_rztx(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Example:
         >>> from hf_rezero import ReZeroConfig, ReZeroForCausalLM
-        >>> from hf_rezero.convert import rezero_to_rztx
+        >>> from hf_rezero.rewrite import rezero_to_rztx
         >>> model = ReZeroForCausalLM(ReZeroConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=3))
         >>> rezero_to_rztx(model.state_dict())["layers.2.self_attn.in_proj_weight"].shape
         torch.Size([48, 16])

@@ -1,0 +1,38 @@
+"""Corpora, windows of bytes, images, and the tokenizer whose ids are bytes."""
+
+from importlib import import_module
+
+from .corpora import ByteDataset, Corpus, collate_bytes, evaluation_windows, load_corpus
+from .tokenizer import byte_tokenizer
+
+
+# `datasets`, which images need, takes a second to import
+_WITH_IMAGES = {
+    "Augmentation": "images",
+    "DecodedImages": "images",
+    "ImageDataset": "images",
+    "channel_statistics": "images",
+    "collate_images": "images",
+    "read_images": "images",
+}
+
+__all__ = [
+    "Augmentation",
+    "ByteDataset",
+    "Corpus",
+    "DecodedImages",
+    "ImageDataset",
+    "byte_tokenizer",
+    "channel_statistics",
+    "collate_bytes",
+    "collate_images",
+    "evaluation_windows",
+    "load_corpus",
+    "read_images",
+]
+
+
+def __getattr__(name: str):
+    if name not in _WITH_IMAGES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_WITH_IMAGES[name]}", __name__), name)

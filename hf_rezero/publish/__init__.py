@@ -1,0 +1,8 @@
+"""What a run was, its model card, and the way to the Hub."""
+
+from .card import check_metadata, write_model_card
+from .push import PushError, files_to_push, push_folder
+from .record import record_run
+
+
+__all__ = ["PushError", "check_metadata", "files_to_push", "push_folder", "record_run", "write_model_card"]
