@@ -58,6 +58,7 @@ def __dir__() -> list[str]:
 
 
 find_moved_modules()
+find_moved_modules()
 for config_class in (ReZeroConfig, ReZeroMLPConfig, ReZeroResNetConfig):
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     config_class.register_for_auto_class()

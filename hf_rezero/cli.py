@@ -21,11 +21,12 @@ from transformers import (
 )
 
 from .data.tokenizer import byte_tokenizer
-from .diagnostics.jacobian import resweight_profile
+from .diagnostics.resweights import resweight_profile
 from .optim.registry import split_items
 from .plots import plot_resweights, plot_training
+from .trainer.arguments import ReZeroTrainingArguments
+from .trainer.checkpoints import last_checkpoint
 from .trainer.gradinit import state_file
-from .trainer.trainer import ReZeroTrainingArguments, last_checkpoint
 
 
 @dataclass

@@ -9,6 +9,7 @@ from importlib.util import spec_from_loader
 
 
 MOVED = {
+    "cli": "commands.running",
     "convert": "rewrite",
     "dead_branches": "diagnostics",
     "fold": "rewrite",

@@ -2,20 +2,18 @@
 
 import math
 import os
-from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .files import written_whole
+
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Write the figure as a PNG, under a temporary name first, so that no reader sees half a file."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
+    """Write the figure as a PNG, whole or not at all."""
+    with written_whole(path) as temporary, temporary.open("wb") as file:
         FigureCanvasAgg(figure).print_png(file)
-    temporary.replace(path)
 
 
 def plot_training(log_history: list[dict], path: str | os.PathLike) -> None:

@@ -10,7 +10,6 @@ embeddings to the last hidden state, or from the pixels to the logits. Leaves `s
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -22,13 +21,10 @@ from transformers import AutoTokenizer, set_seed
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_rezero import load_corpus
-from hf_rezero.diagnostics.jacobian import (
-    gradient_profile,
-    jacobian_bounds,
-    jacobian_moments,
-    jacobian_spectrum,
-    resweight_profile,
-)
+from hf_rezero.diagnostics.gradients import gradient_profile
+from hf_rezero.diagnostics.jacobian import jacobian_bounds, jacobian_moments, jacobian_spectrum
+from hf_rezero.diagnostics.resweights import resweight_profile
+from hf_rezero.files import write_json
 from hf_rezero.plots import plot_gradients, plot_jacobian, plot_resweights
 
 
@@ -236,14 +232,6 @@ def read_images(args: argparse.Namespace, count: int) -> tuple[torch.Tensor, tor
         pixels = torch.from_numpy(images).float().div(255).sub(0.5).div(0.25)
         return (pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)), labels
     return processor(list(images), return_tensors="pt")["pixel_values"], labels
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Written under a temporary name first; JSON has no nan, so that a variance of one batch is null."""
-    finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(finite, indent=1) + "\n")
-    temporary.replace(path)
 
 
 def print_summary(found: dict, folder: Path) -> None:

@@ -16,7 +16,6 @@ run leaves `pruning/report.json`, `pruning/report.png` and `all_results.json`; `
 """
 
 import copy
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,7 +37,8 @@ from hf_rezero.cli import (
     parse_arguments,
     run,
 )
-from hf_rezero.data.corpora import ByteDataset, collate_bytes, evaluation_windows
+from hf_rezero.data.windows import ByteDataset, collate_bytes, evaluation_windows
+from hf_rezero.files import read_json, write_json
 from hf_rezero.plots import plot_kept, plot_sparsity_curve
 from hf_rezero.pruning import (
     PruningReport,
@@ -192,7 +192,7 @@ def check_sparsities(prune_args: PruneArguments, args) -> list[float]:
 def load_checkpoint(args: ModelArguments, block_size: int) -> PreTrainedModel:
     """The model to prune, also one that was pruned before."""
     folder = Path(args.model_name_or_path)
-    own = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    own = read_json(folder / "config.json")
     if own.get("pruning") and own["model_type"] != "rezero":
         config = AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
@@ -351,7 +351,7 @@ def draw_curve(model, data: Data, prune_args: PruneArguments, args, sparsities: 
 def save_curve(points: list[dict], folder: Path, metric: str, unit: str) -> None:
     """Write the numbers and their picture, and print them."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "curve.json").write_text(json.dumps(points, indent=1) + "\n")
+    write_json(folder / "curve.json", points)
     plot_sparsity_curve(points, folder / "curve.png")
     for point in points:
         print(f"sparsity {point['sparsity']:.3f}: {point['parameters']:,} parameters, {point[metric]:.4f} {unit}")

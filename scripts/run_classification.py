@@ -22,6 +22,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from hf_rezero import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
 from hf_rezero.cli import ModelArguments, check_output_dir, check_purpose, load_model, parse_arguments, run
+from hf_rezero.files import write_text
 
 
 # tsv as GLUE has it: a quotation mark is a character like any other
@@ -232,10 +233,7 @@ def predict_and_save(trainer: ReZeroTrainer, dataset: Dataset, labels: list[str]
     output = trainer.predict(dataset)
     if trainer.is_world_process_zero():
         rows = [f"{index}\t{labels[i]}\n" for index, i in enumerate(likeliest(output.predictions))]
-        path = Path(trainer.args.output_dir, "predict_results.txt")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("index\tprediction\n" + "".join(rows))
-        temporary.replace(path)  # never a file with a part of the rows
+        write_text(Path(trainer.args.output_dir, "predict_results.txt"), "index\tprediction\n" + "".join(rows))
     if "labels" not in dataset.column_names:
         return {}
     metrics = output.metrics or {}

@@ -34,14 +34,9 @@ from transformers import (
 
 from hf_rezero import ReZeroTrainer, ReZeroTrainingArguments
 from hf_rezero.cli import ModelArguments, check_output_dir, check_purpose, load_any_model, parse_arguments, run
-from hf_rezero.data.images import (
-    Augmentation,
-    DecodedImages,
-    ImageDataset,
-    channel_statistics,
-    collate_images,
-    read_images,
-)
+from hf_rezero.data.augmentation import Augmentation
+from hf_rezero.data.images import DecodedImages, ImageDataset, channel_statistics, collate_images, read_images
+from hf_rezero.files import write_text
 from hf_rezero.models.image_processing_gray import GrayImageProcessorPil
 
 
@@ -403,10 +398,7 @@ def predict_and_save(trainer: ReZeroTrainer, dataset: ImageDataset, classes: lis
     output = trainer.predict(dataset)
     if trainer.is_world_process_zero():
         rows = [f"{index}\t{classes[i]}\n" for index, i in enumerate(likeliest(output.predictions))]
-        path = Path(trainer.args.output_dir, "predict_results.txt")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("index\tprediction\n" + "".join(rows))
-        temporary.replace(path)  # never a file with a part of the rows
+        write_text(Path(trainer.args.output_dir, "predict_results.txt"), "index\tprediction\n" + "".join(rows))
     if dataset.labels is None:
         return {}
     metrics = output.metrics or {}

@@ -28,7 +28,7 @@ from hf_rezero.cli import (
     parse_arguments,
     run,
 )
-from hf_rezero.data.corpora import ByteDataset, collate_bytes
+from hf_rezero.data.windows import ByteDataset, collate_bytes
 
 
 @dataclass

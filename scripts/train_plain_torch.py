@@ -7,7 +7,7 @@ import torch
 from tqdm import trange
 
 from hf_rezero import Ranger, ReZeroConfig, ReZeroForCausalLM, gradinit_, load_corpus, param_groups
-from hf_rezero.data.corpora import ByteDataset, collate_bytes, evaluation_windows
+from hf_rezero.data.windows import ByteDataset, collate_bytes, evaluation_windows
 
 
 def random_batch(data: ByteDataset, size: int) -> dict[str, torch.Tensor]:

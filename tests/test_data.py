@@ -10,6 +10,7 @@ import json
 import lzma
 import pickle
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,7 +26,9 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler, Subset
 
 from hf_rezero.data import corpora as data_module
-from hf_rezero.data.corpora import ByteDataset, collate_bytes, evaluation_windows, load_corpus
+from hf_rezero.data import download, windows
+from hf_rezero.data.corpora import load_corpus
+from hf_rezero.data.windows import ByteDataset, collate_bytes, evaluation_windows
 
 
 torch.set_num_threads(1)
@@ -122,7 +125,7 @@ def test_an_error_of_the_disk_is_not_blamed_on_the_file(tmp_path, cache, monkeyp
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data_module.shutil, "copyfileobj", full_disk)
+    monkeypatch.setattr(shutil, "copyfileobj", full_disk)
     with pytest.raises(OSError, match="No space left"):
         load_corpus(path, cache_dir=cache)
     assert not list(cache.iterdir())
@@ -200,7 +203,7 @@ def test_default_cache(monkeypatch, variables, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert data_module._default_cache() == Path(expected)
+    assert download.default_cache() == Path(expected)
 
 
 # The named corpora
@@ -593,7 +596,6 @@ def test_windows_that_cannot_be(arguments, message):
         ByteDataset(*arguments)
 
 
-def test_examples_in_docstrings(monkeypatch, cache):
-    monkeypatch.setenv("HF_REZERO_CACHE", str(cache))
-    result = doctest.testmod(data_module)
-    assert result.attempted >= 8 and result.failed == 0
+def test_examples_in_docstrings():
+    results = [doctest.testmod(module) for module in (data_module, download, windows)]
+    assert sum(r.attempted for r in results) >= 8 and not any(r.failed for r in results)

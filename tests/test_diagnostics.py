@@ -19,13 +19,9 @@ from transformers import (
 )
 
 from hf_rezero import ReZero, ReZeroForCausalLM, ReZeroModel, RZTXEncoderLayer
-from hf_rezero.diagnostics.jacobian import (
-    gradient_profile,
-    jacobian_bounds,
-    jacobian_moments,
-    jacobian_spectrum,
-    resweight_profile,
-)
+from hf_rezero.diagnostics.gradients import gradient_profile
+from hf_rezero.diagnostics.jacobian import jacobian_bounds, jacobian_moments, jacobian_spectrum
+from hf_rezero.diagnostics.resweights import resweight_profile
 from hf_rezero.plots import plot_gradients, plot_jacobian
 
 
@@ -381,7 +377,7 @@ def test_frozen_parameters_are_left_out_and_unused_ones_are_zero():
 
 def test_what_has_no_gradient_is_refused():
     model = nn.Linear(3, 1)
-    with pytest.raises(ValueError, match="gave no loss for a batch of type Tensor"):
+    with pytest.raises(ValueError, match="a batch of type Tensor has no loss by itself"):
         gradient_profile(model, torch.randn(2, 3))
     with pytest.raises(ValueError, match="scalar tensor"):
         gradient_profile(model, torch.randn(2, 3), loss_fn=lambda m, x: m(x))

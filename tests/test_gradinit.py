@@ -22,8 +22,9 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from transformers.pytorch_utils import Conv1D
 
 from hf_rezero import Muon, ReZero, ReZeroConfig, ReZeroForCausalLM, param_groups
-from hf_rezero.initialization.gradinit import GradInit, gradinit_, half_overlap, mean_over_processes
-from hf_rezero.initialization.trial import random_numbers_kept
+from hf_rezero.initialization.gradinit import GradInit, gradinit_, half_overlap
+from hf_rezero.initialization.trial import mean_over_processes
+from hf_rezero.structure.kept import random_numbers_kept
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gradient norm")

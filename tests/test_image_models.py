@@ -197,6 +197,7 @@ def test_checkpointing_changes_neither_loss_nor_gradients_nor_statistics(kind, r
         model = stir(REZERO_IMAGE[kind]().double()).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch._dynamo.reset()  # each model is a new one to the compiler, which soon gives up on recompiling
         forward = torch.compile(model, backend="aot_eager") if compiled else model
         for _ in range(2):
             loss = forward(torch.ones(2, 3, 8, 8).double() * torch.arange(8), labels=torch.tensor([0, 1])).loss
@@ -225,6 +226,7 @@ def test_a_step_keeps_only_the_inputs_of_the_segments():
 @pytest.mark.parametrize("kind", REZERO_IMAGE)
 def test_compiled_and_bfloat16_models_agree(kind):
     model, images = stir(REZERO_IMAGE[kind]()), torch.randn(2, 3, 8, 8)
+    torch._dynamo.reset()
     expected = model(images).logits
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(images).logits, expected)

@@ -13,15 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
 from hf_rezero import ReZeroTrainer
-from hf_rezero.data.images import (
-    Augmentation,
-    DecodedImages,
-    ImageDataset,
-    channel_statistics,
-    collate_images,
-    read_images,
-    uniforms,
-)
+from hf_rezero.data.augmentation import Augmentation, uniforms
+from hf_rezero.data.images import DecodedImages, ImageDataset, channel_statistics, collate_images, read_images
 from hf_rezero.models.image_processing_gray import GrayImageProcessorPil
 
 

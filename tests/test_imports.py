@@ -18,7 +18,7 @@ REPOSITORY = PACKAGE.parent
 # what each part may import from elsewhere, and which of our own parts; each may import itself
 RULES = {
     "models": ({"torch", "transformers", "PIL"}, set()),
-    "structure": ({"torch"}, set()),
+    "structure": ({"torch", "numpy"}, set()),
     "files": (set(), set()),
     "layers": ({"torch"}, set()),
     "plots": ({"matplotlib"}, {"files"}),
@@ -27,15 +27,15 @@ RULES = {
     "optim": ({"torch", "numpy"}, {"structure", "files"}),
     "initialization": ({"torch", "numpy", "matplotlib"}, {"optim", "structure", "files", "plots"}),
     "pruning": ({"torch", "numpy", "safetensors"}, {"structure", "files"}),
-    "rewrite": ({"torch", "numpy"}, {"structure", "files", "pruning"}),
-    "diagnostics": ({"torch", "numpy"}, {"structure", "files", "optim"}),
+    "rewrite": ({"torch", "numpy"}, {"structure", "files"}),
+    "diagnostics": ({"torch", "numpy"}, {"structure", "files"}),
     "data": ({"torch", "numpy", "datasets", "PIL", "tokenizers", "transformers"}, {"files"}),
     "publish": (
         {"torch", "huggingface_hub", "safetensors", "transformers", "jinja2", "yaml"},
         {"data", "diagnostics", "files", "plots", "pruning", "structure"},
     ),
     "trainer": (
-        {"torch", "numpy", "transformers", "accelerate", "safetensors", "tqdm"},
+        {"torch", "numpy", "transformers", "accelerate", "safetensors", "huggingface_hub", "tqdm"},
         {
             "data",
             "diagnostics",

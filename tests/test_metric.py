@@ -15,9 +15,9 @@ from training import TEXT, make_trainer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_rezero import ReZeroForCausalLM, metrics
-from hf_rezero.data.corpora import evaluation_windows
+from hf_rezero.data.windows import evaluation_windows
 from hf_rezero.metrics.bits_per_byte.bits_per_byte import bits_per_byte
-from hf_rezero.trainer.trainer import token_nll
+from hf_rezero.trainer.evaluation import token_nll
 
 
 FOLDER = Path(metrics.__file__).parent / "bits_per_byte"

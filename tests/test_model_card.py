@@ -24,10 +24,12 @@ from hf_rezero import (
     byte_tokenizer,
 )
 from hf_rezero.cli import evaluate_and_save, train_and_save
-from hf_rezero.data.corpora import evaluation_windows
+from hf_rezero.data.windows import evaluation_windows
 from hf_rezero.plots import plot_kept
-from hf_rezero.publish.card import MARKER, check_metadata, write_model_card
-from hf_rezero.publish.record import command_line, redact, results_of_log
+from hf_rezero.publish.card import MARKER, write_model_card
+from hf_rezero.publish.metadata import check_metadata
+from hf_rezero.publish.record import results_of_log
+from hf_rezero.publish.redact import command_line, redact
 
 
 @pytest.fixture(scope="module")

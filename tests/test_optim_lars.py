@@ -8,7 +8,7 @@ from optim_oracles import Net, Oracle, adam_update, assert_same_state, follow, l
 from torch import nn
 
 from hf_rezero import LAMB, LARS, RangerLARS
-from hf_rezero.optim.lamb import norms
+from hf_rezero.optim.foreach import norms
 
 
 SGD = {"lr": 0.1, "momentum": 0.9, "trust_coefficient": 0.02, "nesterov": False, "clip": False}

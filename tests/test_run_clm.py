@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from hf_rezero.trainer.trainer import ReZeroTrainingArguments
+from hf_rezero.trainer.arguments import ReZeroTrainingArguments
 
 
 sys.path.insert(0, str(SCRIPTS))

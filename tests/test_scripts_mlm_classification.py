@@ -25,7 +25,7 @@ from transformers import (
 
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, byte_tokenizer
 from hf_rezero.cli import ModelArguments, load_model
-from hf_rezero.data.corpora import collate_bytes
+from hf_rezero.data.windows import collate_bytes
 
 
 sys.path.append(str(SCRIPTS))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hf_rezero.pruning import attach_masks, find_groups, output_of, recalibrate_batchnorm_, taylor
-from hf_rezero.structure.modes import modes_kept
+from hf_rezero.structure.kept import modes_kept
 
 
 def net_with_a_frozen_norm():

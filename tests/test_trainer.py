@@ -19,8 +19,8 @@ from hf_rezero import (
     ReZeroForTokenClassification,
     param_groups,
 )
-from hf_rezero.data.corpora import evaluation_windows
-from hf_rezero.trainer.trainer import check_safetensors, last_checkpoint
+from hf_rezero.data.windows import evaluation_windows
+from hf_rezero.trainer.checkpoints import check_safetensors, last_checkpoint
 
 
 def test_weight_decay_goes_by_shape(make_config, arguments):

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.training_args import OptimizerNames
 
 from hf_rezero import GradInitConfig, ReZeroForCausalLM
-from hf_rezero.data.corpora import ByteDataset
+from hf_rezero.data.windows import ByteDataset
 from hf_rezero.initialization.gradinit import GradInit, gradinit_
 from hf_rezero.optim.registry import BASES
 from hf_rezero.trainer.gradinit import ALGORITHMS, algorithm_for, run_gradinit, state_file

@@ -3,7 +3,7 @@
 import numpy as np
 
 from hf_rezero import ReZeroTrainer
-from hf_rezero.data.corpora import ByteDataset, collate_bytes, evaluation_windows
+from hf_rezero.data.windows import ByteDataset, collate_bytes, evaluation_windows
 
 
 TEXT = np.random.default_rng(0).integers(97, 123, 700).astype(np.uint8)

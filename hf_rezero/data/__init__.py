@@ -2,13 +2,14 @@
 
 from importlib import import_module
 
-from .corpora import ByteDataset, Corpus, collate_bytes, evaluation_windows, load_corpus
+from .corpora import Corpus, load_corpus
 from .tokenizer import byte_tokenizer
+from .windows import ByteDataset, collate_bytes, evaluation_windows
 
 
 # `datasets`, which images need, takes a second to import
 _WITH_IMAGES = {
-    "Augmentation": "images",
+    "Augmentation": "augmentation",
     "DecodedImages": "images",
     "ImageDataset": "images",
     "channel_statistics": "images",

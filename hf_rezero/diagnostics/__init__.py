@@ -1,16 +1,8 @@
 """Pictures of a network: Jacobians, gradients by depth, residual weights."""
 
-from .jacobian import (
-    GradientStatistics,
-    JacobianBounds,
-    JacobianMoments,
-    gradient_profile,
-    jacobian_bounds,
-    jacobian_moments,
-    jacobian_spectrum,
-    resweight_profile,
-)
-from .resweights import blocked_branches, warn_of_blocked_branches
+from .gradients import GradientStatistics, gradient_profile
+from .jacobian import JacobianBounds, JacobianMoments, jacobian_bounds, jacobian_moments, jacobian_spectrum
+from .resweights import blocked_branches, resweight_profile, warn_of_blocked_branches
 
 
 __all__ = [

@@ -2,7 +2,10 @@
 
 import warnings
 
+import torch
 from torch import nn
+
+from ..structure.parameters import is_resweight
 
 
 __all__ = ["blocked_branches", "warn_of_blocked_branches"]
@@ -36,7 +39,7 @@ def blocked_branches(model: nn.Module) -> dict[str, str]:
     blocked = {}
     for name, resweight in model.named_parameters():
         # adapter libraries keep the frozen original beside a copy that they train and use
-        if name.rpartition(".")[2] != "resweight" or ".original_module." in name or resweight.any():
+        if not is_resweight(name) or ".original_module." in name or resweight.any():
             continue
         branch = [(n, p) for n, p in _branch(model, name).named_parameters() if not n.endswith("resweight")]
         if not resweight.requires_grad and any(p.requires_grad for _, p in branch):
@@ -76,3 +79,17 @@ def _branch(model: nn.Module, name: str) -> nn.Module:
             sublayer = getattr(owner, key, None)
             return sublayer if length < len(path) and isinstance(sublayer, nn.Module) else owner
     return model
+
+
+@torch.no_grad()
+def resweight_profile(model: nn.Module) -> dict[str, float]:
+    """The residual weights of a model by parameter name, in the order of depth; empty where it has none.
+
+    Example:
+        >>> import torch
+        >>> from hf_rezero import ReZero
+        >>> from hf_rezero.diagnostics import resweight_profile
+        >>> resweight_profile(torch.nn.Sequential(ReZero(torch.nn.Linear(2, 2)), ReZero(torch.nn.Linear(2, 2))))
+        {'0.resweight': 0.0, '1.resweight': 0.0}
+    """
+    return {name: p.item() for name, p in model.named_parameters() if is_resweight(name)}

@@ -12,7 +12,6 @@ identity, and scaling a branch changes the speed of its residual weight and no o
 scale of embedding and head. It is meant for networks with norms, or with neither norms nor residual weights.
 """
 
-import json
 import math
 import os
 import time
@@ -21,21 +20,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
+from ..files import write_json
 from ..optim.muon import orthogonal_steps
-from ..optim.param_groups import decays, is_resweight, output_dims
-from .trial import Loss, TrialModel, map_batch, some, trainable
+from ..optim.param_groups import output_dims
+from ..structure.loss import Loss
+from ..structure.parameters import decays, is_resweight
+from .trial import Reduce, TrialModel, map_batch, some, trainable
 
 
-__all__ = ["GradInit", "GradInitReport", "gradinit_", "half_overlap", "mean_over_processes"]
-
-Reduce = Callable[[list[Tensor]], list[Tensor]]
 Shape = Callable[[Tensor], Tensor]
 
 _SIGN_STEP = ("adam", "adamw", "radam", "ranger", "lamb")
@@ -43,14 +40,6 @@ _GRADIENT_STEP = ("sgd", "sgd_normalized", "lars")
 _ALGORITHMS = (*_SIGN_STEP, *_GRADIENT_STEP, "muon")
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # of the update of the scales, as in the official code
 _MAX_DEFAULT_STEPS = 390  # the paper's: one epoch of CIFAR-10 in batches of 128
-
-
-def save_json(content: dict, path: str | os.PathLike) -> None:
-    """Write JSON under a temporary name first, so that no reader sees half a file."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)
 
 
 @dataclass
@@ -90,7 +79,7 @@ class GradInitReport:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON."""
-        save_json({**asdict(self), "constrained_steps": self.constrained_steps}, path)
+        write_json(path, {**asdict(self), "constrained_steps": self.constrained_steps})
 
     def plot(self, path: str | os.PathLike) -> None:
         """Draw loss and gradient norm by step, and the scale of every tensor, as a PNG."""
@@ -152,15 +141,6 @@ def half_overlap(batch: Any, fresh: Any) -> list:
         return [map_batch(join, batch, fresh)]
     last = map_batch(lambda a: a[1::2] if a.ndim and len(a) == old else a, batch)
     return [last, map_batch(lambda b: b[::2] if b.ndim and len(b) == new else b, fresh)]
-
-
-def mean_over_processes(tensors: list[Tensor]) -> list[Tensor]:
-    """Average tensors over all processes of the default group, in place; the `reduce` of a plain torchrun job."""
-    if dist.is_available() and dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor.div_(dist.get_world_size())
-    return tensors
 
 
 def _stack(scalars: Iterable[Tensor]) -> Tensor:

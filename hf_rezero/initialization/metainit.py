@@ -19,9 +19,10 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from ..optim.param_groups import decays, is_resweight
-from .gradinit import Reduce, save_json
-from .trial import Loss, TrialModel, trainable, twice_differentiable_attention
+from ..files import write_json
+from ..structure.loss import Loss
+from ..structure.parameters import decays, is_resweight
+from .trial import Reduce, TrialModel, trainable, twice_differentiable_attention
 
 
 __all__ = ["MetaInitReport", "metainit_", "random_batches"]
@@ -45,7 +46,7 @@ class MetaInitReport:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON."""
-        save_json(asdict(self), path)
+        write_json(path, asdict(self))
 
 
 def random_batches(input_size: tuple[int, ...], num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:

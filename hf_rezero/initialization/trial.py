@@ -1,40 +1,18 @@
 """The loss of a model at other weights than its own, and the gradients of it."""
 
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-
-Loss = Callable[[nn.Module, Any], Tensor]
-
-
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The `.loss` of `model(**batch)`, the convention of Hugging Face models.
-
-    Raises:
-        ValueError: The batch is not a mapping, or the output has no loss.
-    """
-    if not isinstance(batch, Mapping):
-        raise ValueError(
-            f"a batch of type {type(batch).__name__} has no loss by itself: pass loss_fn, a function of (model, batch) "
-            "that returns a scalar, or batches that are mappings for a model whose output has a .loss"
-        )
-    output = model(**batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
-        raise ValueError(
-            f"{type(model).__name__} returned no loss for a batch with the keys {sorted(batch)}: add labels to the "
-            "batch, or pass loss_fn, a function of (model, batch) that returns a scalar"
-        )
-    return loss
+from ..structure.kept import random_numbers_kept
+from ..structure.loss import Loss, model_loss
 
 
 def map_batch(function: Callable, *batches: Any) -> Any:
@@ -62,18 +40,6 @@ def _dropout_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def random_numbers_kept(cuda_devices: Sequence[torch.device] | None = None) -> Iterator[None]:
-    """Python, NumPy and torch (on all CUDA devices by default) go on from the random numbers that they were at."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(cuda_devices):
-        try:
-            yield
-        finally:
-            random.setstate(of_python)
-            np.random.set_state(of_numpy)
 
 
 class TrialModel(nn.Module):
@@ -183,3 +149,15 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     if frozen:
         warnings.warn(f"frozen parameters are used as they are and not scaled: {some(frozen)}", stacklevel=4)
     return {name: p for name, p in named.items() if p.requires_grad}
+
+
+Reduce = Callable[[list[Tensor]], list[Tensor]]
+
+
+def mean_over_processes(tensors: list[Tensor]) -> list[Tensor]:
+    """Average tensors over all processes of the default group, in place; the `reduce` of a plain torchrun job."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor.div_(dist.get_world_size())
+    return tensors

@@ -83,3 +83,12 @@ def _foreach(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, weigh
     torch._foreach_add_(denominators, eps)
     torch._foreach_mul_(params, 1 - lr * weight_decay)
     torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr / (1 - beta1**step))
+
+
+def check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Refuse what no Adam can work with."""
+    if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and len(betas) == 2 and all(0 <= b < 1 for b in betas)):
+        raise ValueError(
+            f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay} came: expected lr, eps and weight_decay "
+            f"of at least 0 and two betas in [0, 1)."
+        )

@@ -3,20 +3,8 @@
 import torch
 from torch import Tensor
 
-from .adamw import adam_state, adamw_
-from .foreach import WholeMatrices, buckets, evaluate, gradients
-from .radam import check_hyperparameters
-
-
-def norms(tensors: list[Tensor]) -> Tensor:
-    """(n,) Euclidean norms in fp32, of whole tensors also where they are sharded: one reduction for the list."""
-    stacked = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.promote_types(tensors[0].dtype, torch.float32)))
-    return stacked.full_tensor() if hasattr(stacked, "full_tensor") else stacked
-
-
-def scale_(tensors: list[Tensor], factors: Tensor) -> None:
-    """Multiply each tensor by its factor; numbers on a CPU, and no wait for the result on a GPU."""
-    torch._foreach_mul_(tensors, factors.tolist() if factors.device.type == "cpu" else list(factors.unbind()))
+from .adamw import adam_state, adamw_, check_hyperparameters
+from .foreach import WholeMatrices, buckets, evaluate, gradients, norms, scale_
 
 
 @torch.no_grad()

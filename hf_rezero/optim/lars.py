@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from .adamw import has_fused_kernel
-from .foreach import WholeMatrices, buckets, evaluate, gradients, lie_alike, mesh_of
-from .lamb import norms, scale_
+from .foreach import WholeMatrices, buckets, evaluate, gradients, lie_alike, mesh_of, norms, scale_
 
 
 class LARS(WholeMatrices):

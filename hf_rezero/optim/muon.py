@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .adamw import adam_state, adamw_
+from .adamw import adam_state, adamw_, check_hyperparameters
 from .foreach import WholeMatrices, buckets, evaluate, gradients
-from .radam import check_hyperparameters
 
 
 # of the quintic a x + b x^3 + c x^5 that lifts small singular values fastest (Jordan et al. 2024)

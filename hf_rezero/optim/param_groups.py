@@ -7,15 +7,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-
-def decays(parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, never to residual weights, gains, biases or other vectors."""
-    return parameter.ndim >= 2
-
-
-def is_resweight(name: str) -> bool:
-    """Whether the parameter of this qualified name is a residual weight."""
-    return name.rpartition(".")[2] == "resweight"
+from ..structure.parameters import decays, is_resweight
 
 
 def output_dims(model: nn.Module) -> dict[nn.Parameter, int]:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch.optim import Optimizer
 
-from .adamw import adam_state, adamw_
+from .adamw import adam_state, adamw_, check_hyperparameters
 from .foreach import buckets, evaluate, gradients
 
 
@@ -45,15 +45,6 @@ def as_adamw(group: dict, step: int, dtype: torch.dtype) -> dict:
         eps = huge(dtype)
         return {"lr": lr * eps, "weight_decay": wd / eps, "eps": eps}
     return {"lr": 0.0, "weight_decay": 0.0, "eps": 1.0}
-
-
-def check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Refuse what no Adam can work with."""
-    if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and len(betas) == 2 and all(0 <= b < 1 for b in betas)):
-        raise ValueError(
-            f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay} came: expected lr, eps and weight_decay "
-            f"of at least 0 and two betas in [0, 1)."
-        )
 
 
 class RAdam(Optimizer):

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..structure.modes import modes_kept
-from .groups import BATCH_NORM, PruningGroup
+from ..structure.kept import modes_kept
+from ..structure.modules import BATCH_NORM
+from .groups import PruningGroup
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..structure.modules import output_dim
 from .activations import output_of
-from .groups import output_dim
 
 
 def weight_uses(model: nn.Module, batch: Any) -> dict[str, float]:

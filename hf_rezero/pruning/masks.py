@@ -14,7 +14,9 @@ from fnmatch import fnmatch
 import torch
 from torch import nn
 
-from .groups import Cut, PruningGroup
+from ..structure.cuts import Cut
+from ..structure.parameters import is_resweight
+from .groups import PruningGroup
 from .mask_layers import FixedMaskLayer, L0MaskLayer, L1MaskLayer, MaskLayer
 from .penalty import Penalty, make_penalty
 from .select import Sizes, keep_above, of_kind, openness_of, select, unit_costs
@@ -100,7 +102,7 @@ class Masks(nn.Module):
         weights_turn = not self.alternate_steps or not masks_turn
         for name, parameter in self.model.named_parameters():
             is_mask = id(parameter) in own
-            held = self.hold_resweight and name.rpartition(".")[2] == "resweight"
+            held = self.hold_resweight and is_resweight(name)
             if held or not (masks_turn if is_mask else weights_turn):
                 parameter.grad = None
 
@@ -336,7 +338,7 @@ def _check_attachable(model, groups, kind: str, sphere: bool, options: Mapping) 
         raise ValueError("sphere=True came: expected L1 masks, and groups of units rather than of layers.")
     if options.get("per_example") and any(group.gates for group in groups):
         raise ValueError("per_example=True came with layers as a target: their residual weights serve a whole batch.")
-    zero = [n for n, p in model.named_parameters() if n.rpartition(".")[2] == "resweight" and not p.detach().any()]
+    zero = [n for n, p in model.named_parameters() if is_resweight(n) and not p.detach().any()]
     if zero:
         raise ValueError(
             f"{len(zero)} residual weights are still 0, first {zero[0]}: nothing behind them can be seen to be useful, "

@@ -1,12 +1,12 @@
 """What a pruning removed, and whether the smaller model is the masked one."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
-from pathlib import Path
 
 import torch
+
+from ..files import write_json
 
 
 @dataclass
@@ -55,11 +55,8 @@ class PruningReport:
         return asdict(self) | {"kept": {name: to_ranges(indices) for name, indices in self.kept.items()}}
 
     def save(self, path: str | PathLike) -> None:
-        """Write JSON, to a temporary name first."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        path.with_suffix(".tmp").replace(path)
+        """Write JSON."""
+        write_json(path, self.to_dict())
 
     def __str__(self) -> str:
         left = ", ".join(f"{kept} of {former} {kind}" for kind, (kept, former) in self.left_by_kind().items())

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..structure.modes import modes_kept
+from ..structure.kept import modes_kept
+from ..structure.loss import model_loss
 from .activations import output_of, watch_readers
 from .groups import PruningGroup
 from .masks import attach_masks
@@ -116,7 +117,7 @@ def taylor(
     Raises:
         ValueError: No batch came, or as `attach_masks`.
     """
-    loss_fn = loss_fn or (lambda model, batch: model(**batch).loss)
+    loss_fn = loss_fn or model_loss
     with modes_kept(model):
         masks = attach_masks(model.eval(), groups, "l1")
         total, count = torch.zeros_like(masks.layer.mask), 0
@@ -130,22 +131,3 @@ def taylor(
         raise ValueError("no batches came: expected at least one.")
     by_group = masks.split(total.cpu() / count)
     return {name: score / score.norm().clamp(min=1e-20) for name, score in by_group.items()}
-
-
-@torch.no_grad()
-def reinitialize_(model: nn.Module, init_weights: Callable[[nn.Module], None] | None = None) -> nn.Module:
-    """Fresh random weights in the shapes that a model has now: the small net that is trained from scratch.
-
-    Args:
-        model: Changed in place.
-        init_weights: Fills a module; default: `model._init_weights` of transformers, or else `reset_parameters`.
-    """
-    init_weights = init_weights or getattr(model, "_init_weights", None)
-    for module in model.modules():
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            tensor._is_hf_initialized = False  # transformers leaves tensors that it has loaded alone
-        if init_weights is not None:
-            init_weights(module)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    return model

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_model
 from torch import nn
 
-from .groups import TARGETS, search
+from ..files import write_json, written_whole
 from .report import from_ranges
+from .rules import TARGETS, search
 from .surgery import prune_
 
 
@@ -28,11 +29,9 @@ def save_pruned(model: nn.Module, folder: str | PathLike) -> None:
         model.save_pretrained(folder)
         return
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(model, str(folder / "model.tmp"))
-    (folder / "model.tmp").replace(folder / "model.safetensors")
-    (folder / "pruning.tmp").write_text(json.dumps(provenance, indent=1))
-    (folder / "pruning.tmp").replace(folder / "pruning.json")
+    with written_whole(folder / "model.safetensors") as temporary:
+        save_model(model, str(temporary))
+    write_json(folder / "pruning.json", provenance)
 
 
 def load_pruned(folder: str | PathLike, model: nn.Module) -> nn.Module:

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..structure.cuts import Cut
+from ..structure.modules import BATCH_NORM
+from ..structure.residual import renumber_layers, write_config
 from .activations import output_of
-from .groups import BATCH_NORM, Cut, PruningGroup, child
+from .groups import PruningGroup
 from .masks import Masks, finalize_masks, scale
 from .report import PruningReport, from_ranges, to_ranges
 from .select import Sizes, openness_of
@@ -279,17 +282,6 @@ def _remove_parts(model: nn.Module, parts: Sequence[str]) -> dict[str, list[int]
     return left
 
 
-def renumber_layers(model: nn.Module, stack: Iterable[nn.Module]) -> None:
-    """Give the layers of a stack, whose number has changed, their places in the cache."""
-    for index, layer in enumerate(stack):
-        for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = index
-    for module in model.modules():
-        if hasattr(module, "number_attention_layers"):
-            module.number_attention_layers()
-
-
 def _write_config(model: nn.Module, report: PruningReport, left: Mapping[str, list[int]]) -> None:
     """Sizes and provenance into the config, or the provenance alone into `model.pruned` where there is no config."""
     config = getattr(model, "config", None)
@@ -327,38 +319,6 @@ def _rename(name: str, left: Mapping[str, list[int]]) -> str | None:
             old = int(match[1])
             return f"{stack}.{indices.index(old)}{name[match.end() :]}" if old in indices else None
     return name
-
-
-def write_config(model: nn.Module, num_layers: int | None) -> None:
-    """Describe the sizes that the model has now, if the config has words for them."""
-    config = getattr(model, "config", None)
-    if hasattr(model, "sync_config"):
-        model.sync_config()
-    elif num_layers is not None and hasattr(config, "num_hidden_layers"):
-        config.num_hidden_layers = num_layers
-    if getattr(model, "_supports_per_layer_config", False):
-        _write_sizes(model, config)
-
-
-def _write_sizes(model: nn.Module, config) -> None:
-    """The sizes of each layer: as plain values where all agree, else as overrides of one layer."""
-    stack = next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "layers")
-    heads, fields = config.head_dim, ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    sizes = []
-    for layer in stack:
-        q, k, up = (child(layer, name) for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
-        features = (q.out_features // heads, k.out_features // heads) if q is not None else (0, 0)
-        sizes.append((*features, up.out_features if up is not None else 0))
-    config.per_layer_config = {}
-    overridden = [i for i in range(3) if len({size[i] for size in sizes}) > 1]
-    for i, field in enumerate(fields):
-        if i not in overridden:
-            setattr(config, field, sizes[0][i])
-    if overridden:
-        config.per_layer_config = {
-            index: {fields[i]: size[i] for i in range(3) if i in overridden} for index, size in enumerate(sizes)
-        }
-    config.hidden_size = model.get_input_embeddings().embedding_dim
 
 
 def carry_state_(optimizer: torch.optim.Optimizer, model: nn.Module, replaced: Mapping) -> None:

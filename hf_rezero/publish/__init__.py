@@ -1,6 +1,7 @@
 """What a run was, its model card, and the way to the Hub."""
 
-from .card import check_metadata, write_model_card
+from .card import write_model_card
+from .metadata import check_metadata
 from .push import PushError, files_to_push, push_folder
 from .record import record_run
 

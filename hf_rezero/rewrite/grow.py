@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..pruning import find_groups, reinitialize_
-from ..pruning.surgery import renumber_layers, write_config
+from ..structure.parameters import check_plain
+from ..structure.reset import reinitialize_
+from ..structure.residual import renumber_layers, residual_stacks, write_config
 
 
 # what ends a branch, and starts at 0 in a model whose residual weights are frozen
@@ -55,11 +56,11 @@ def grow_(
         >>> torch.equal(model(ids).logits, before), model.config.num_hidden_layers
         (True, 6)
     """
-    group = _find_stack(model, stack)
-    old = model.get_submodule(group.name)
+    name, found = _find_stack(model, stack)
+    old = model.get_submodule(name)
     allowed = {
-        int(part.rpartition(".")[2]): [gate.removeprefix(f"{part}.") for gate in gates]
-        for part, gates in zip(group.parts, group.gates, strict=True)
+        int(layer.rpartition(".")[2]): [gate.removeprefix(f"{layer}.") for gate in gates]
+        for layer, gates in found.items()
     }
     places = _places(len(old), sorted(allowed), num_layers, after)
     barred = sorted(set(places) - set(allowed))
@@ -75,16 +76,24 @@ def grow_(
             new.append(len(layers) - 1)
             if optimizer is not None:
                 _join_groups(optimizer, layer, layers[-1])
-    _replace(model, group.name, layers)
+    _replace(model, name, layers)
     return new
 
 
-def _find_stack(model: nn.Module, stack: str | None):
-    groups = [group for group in find_groups(model, ["layers"]) if stack in (None, group.name)]
-    if len(groups) != 1:
-        names = [group.name for group in find_groups(model, ["layers"])]
-        raise ValueError(f"stack={stack!r} came: expected one of {', '.join(names)}.")
-    return groups[0]
+def _find_stack(model: nn.Module, stack: str | None) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """The name of the stack to grow, and the gates of its layers."""
+    check_plain(model)
+    found = dict(residual_stacks(model))
+    if not found:
+        raise ValueError(
+            f"no rule finds layers in {type(model).__name__}: a layer can be added where its residual branches can be "
+            f"switched off."
+        )
+    if stack is None and len(found) == 1:
+        stack = next(iter(found))
+    if stack not in found:
+        raise ValueError(f"stack={stack!r} came: expected one of {', '.join(found)}.")
+    return stack, found[stack]
 
 
 def _places(depth: int, allowed: Sequence[int], num_layers: int | None, after: Sequence[int] | None) -> list[int]:

@@ -1,8 +1,10 @@
 """The Trainer of transformers with the parts of this library."""
 
+from .arguments import ReZeroTrainingArguments
+from .checkpoints import last_checkpoint
 from .gradinit import GradInitConfig
 from .pruning import PruningConfig
-from .trainer import ReZeroTrainer, ReZeroTrainingArguments, last_checkpoint
+from .trainer import ReZeroTrainer
 
 
 __all__ = ["GradInitConfig", "PruningConfig", "ReZeroTrainer", "ReZeroTrainingArguments", "last_checkpoint"]

@@ -13,9 +13,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
 
-from ..initialization.gradinit import GradInit, GradInitReport, half_overlap, mean_over_processes
-from ..initialization.trial import random_numbers_kept
+from ..files import written_whole
+from ..initialization.gradinit import GradInit, GradInitReport, half_overlap
+from ..initialization.trial import mean_over_processes
 from ..optim.registry import parse_name
+from ..structure.kept import random_numbers_kept
 
 
 _ADAMW = """adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_torch_8bit adamw_torch_4bit
@@ -160,9 +162,8 @@ def _endless(batches) -> Iterator:
 
 def _save(trainer: Trainer, state: dict, path: Path) -> None:
     if trainer.is_world_process_zero():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        with written_whole(path) as temporary:
+            torch.save(state, temporary)
 
 
 def _load(init: GradInit, path: Path, norms: list[float]) -> None:

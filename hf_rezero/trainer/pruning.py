@@ -17,9 +17,11 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..pruning.groups import UNITS, PruningGroup, find_groups, search
+from ..files import written_whole
+from ..pruning.groups import PruningGroup
 from ..pruning.masks import Masks, attach_masks
 from ..pruning.report import PruningReport, from_ranges
+from ..pruning.rules import UNITS, find_groups, search
 from ..pruning.select import select
 from ..pruning.storage import read_provenance, replay_
 from ..pruning.surgery import remove_pruned_
@@ -483,9 +485,8 @@ class PruningTrainer(Trainer):
         """Save a checkpoint; the state of pruning first, as the Trainer ends with the mark of a complete one."""
         if self.pruner is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.pruner.state(), folder / "pruning.tmp")
-            (folder / "pruning.tmp").replace(folder / "pruning.pt")
+            with written_whole(folder / "pruning.pt") as temporary:
+                torch.save(self.pruner.state(), temporary)
         super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_rezero import grow_, load_corpus, param_groups
-from hf_rezero.data.corpora import ByteDataset, collate_bytes, evaluation_windows
+from hf_rezero.data.windows import ByteDataset, collate_bytes, evaluation_windows
 
 
 PLAIN = {"resweight_init": 1.0, "resweight_trainable": False}

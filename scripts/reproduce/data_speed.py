@@ -25,8 +25,9 @@ import torch
 from record import provenance, write_json
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from hf_rezero.data.corpora import ByteDataset, collate_bytes, load_corpus
+from hf_rezero.data.corpora import load_corpus
 from hf_rezero.data.tokenizer import byte_tokenizer
+from hf_rezero.data.windows import ByteDataset, collate_bytes
 
 
 class PerItemDataset(Dataset):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from record import FIGURES, RESULTS, provenance, read_json, write_json
 
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, load_corpus, param_groups
-from hf_rezero.data.corpora import ByteDataset, collate_bytes
+from hf_rezero.data.windows import ByteDataset, collate_bytes
 from hf_rezero.plots import save_figure
 
 

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from record import FIGURES, RESULTS, provenance, read_json, write_json
 
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, gradinit_, load_corpus, param_groups
-from hf_rezero.data.corpora import ByteDataset, collate_bytes
+from hf_rezero.data.windows import ByteDataset, collate_bytes
 from hf_rezero.plots import save_figure
 
 

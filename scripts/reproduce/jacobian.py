@@ -20,8 +20,9 @@ from record import FIGURES, RESULTS, provenance, read_json, write_json
 from torch import nn
 
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, RZTXEncoderLayer, load_corpus, param_groups
-from hf_rezero.data.corpora import ByteDataset, collate_bytes
-from hf_rezero.diagnostics.jacobian import jacobian_spectrum, resweight_profile
+from hf_rezero.data.windows import ByteDataset, collate_bytes
+from hf_rezero.diagnostics.jacobian import jacobian_spectrum
+from hf_rezero.diagnostics.resweights import resweight_profile
 from hf_rezero.plots import plot_jacobian
 
 

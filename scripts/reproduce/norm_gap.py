@@ -15,7 +15,7 @@ from byte_lm import adamw, add_arguments, run_grid, train
 from record import RESULTS
 from torch import nn
 
-from hf_rezero.data.corpora import collate_bytes, evaluation_windows
+from hf_rezero.data.windows import collate_bytes, evaluation_windows
 
 
 INIT = 24**-0.5  # 1/sqrt(2L)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, load_corpus, param_groups
-from hf_rezero.data.corpora import ByteDataset, collate_bytes, evaluation_windows
+from hf_rezero.data.windows import ByteDataset, collate_bytes, evaluation_windows
 from hf_rezero.optim import LAMB, LARS, RAdam, Ranger, RangerLARS, lookahead
 from hf_rezero.plots import save_figure
 

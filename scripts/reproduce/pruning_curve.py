@@ -33,7 +33,7 @@ from record import FIGURES, RESULTS, provenance, read_json, write_json
 from torch import Tensor, nn
 
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, load_corpus, param_groups, pruning
-from hf_rezero.data.corpora import ByteDataset, collate_bytes, evaluation_windows
+from hf_rezero.data.windows import ByteDataset, collate_bytes, evaluation_windows
 from hf_rezero.plots import save_figure
 from hf_rezero.pruning import Masks, PruningGroup, attach_masks, find_groups, prune_, remove_pruned_, select
 

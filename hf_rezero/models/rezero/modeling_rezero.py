@@ -432,6 +432,15 @@ class ReZeroLayer(GradientCheckpointingLayer):
         if config.norm_position != "none":
             self.norms = nn.ModuleDict({name: _make_norm(config) for name in sublayers})
 
+    def sizes(self) -> dict[str, int]:
+        """The sizes that `per_layer_config` has words for, as the modules have them; 0 for what is not there."""
+        attention, mlp = self.self_attn, self.mlp
+        return {
+            "num_attention_heads": attention.q_proj.out_features // attention.head_dim if attention is not None else 0,
+            "num_key_value_heads": attention.k_proj.out_features // attention.head_dim if attention is not None else 0,
+            "intermediate_size": mlp.up_proj.out_features if mlp is not None else 0,
+        }
+
     def connect(self, name: str, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """One row of Table 1: none x + w F(x), pre x + w F(N(x)), post N(x + w F(x)), branch x + w N(F(x))."""
         norm = self.norms[name] if self.norm_position != "none" else None
@@ -515,6 +524,22 @@ class ReZeroPreTrainedModel(PreTrainedModel):
                 f"a weight file of {pretrained_model_name_or_path} is damaged or cut short ({error}): "
                 f"copy or download it again, or use an earlier checkpoint."
             ) from error
+
+    def sync_config(self) -> None:
+        """Write the sizes that the modules have into the config, as after pruning or growing.
+
+        A size that all layers share is a plain value, one that differs an override of each layer.
+        """
+        model, config = self.base_model, self.config
+        sizes = [layer.sizes() for layer in model.layers]
+        config.num_hidden_layers, config.hidden_size = len(sizes), model.embed_tokens.embedding_dim
+        config.per_layer_config = {}
+        differing = [name for name in sizes[0] if len({size[name] for size in sizes}) > 1]
+        for name in sizes[0].keys() - set(differing):
+            setattr(config, name, sizes[0][name])
+        if differing:
+            overrides = [{name: size[name] for name in differing} for size in sizes]
+            config.per_layer_config = dict(enumerate(overrides))
 
     @torch.no_grad()
     def resize_token_embeddings(

@@ -1,7 +1,11 @@
-"""Training and evaluation mode, module by module."""
+"""What comes back as it was, also after an error: the mode of every module, and random numbers."""
 
+import random
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+import torch
 from torch import nn
 
 
@@ -23,3 +27,15 @@ def modes_kept(model: nn.Module):
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def random_numbers_kept(cuda_devices: Sequence[torch.device] | None = None) -> Iterator[None]:
+    """Python, NumPy and torch (on all CUDA devices by default) go on from the random numbers that they were at."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(cuda_devices):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)

@@ -1,0 +1,25 @@
+"""Fresh random weights."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def reinitialize_(model: nn.Module, init_weights: Callable[[nn.Module], None] | None = None) -> nn.Module:
+    """Fresh random weights in the shapes that a model has now: the small net that is trained from scratch.
+
+    Args:
+        model: Changed in place.
+        init_weights: Fills a module; default: `model._init_weights` of transformers, or else `reset_parameters`.
+    """
+    init_weights = init_weights or getattr(model, "_init_weights", None)
+    for module in model.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            tensor._is_hf_initialized = False  # transformers leaves tensors that it has loaded alone
+        if init_weights is not None:
+            init_weights(module)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model

@@ -1,0 +1,82 @@
+"""Stacks of layers, and what switches a residual branch off."""
+
+import re
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from .cuts import rows
+from .modules import child, is_linear, join
+from .parameters import is_resweight
+
+
+# the last projection of each branch of a layer whose branches read normed input, x + F(N(x))
+PRE_NORM_BRANCHES = (
+    ("input_layernorm", ("self_attn.o_proj", "mlp.down_proj")),
+    ("ln_1", ("attn.c_proj", "mlp.c_proj")),
+)
+
+
+def stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The lists of two modules or more, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
+            yield name, module
+
+
+def residual_stacks(model: nn.Module) -> Iterator[tuple[str, dict[str, tuple[str, ...]]]]:
+    """The stacks whose layers can be switched off: the name of each stack, and the gates of its layers by their names."""
+    for name, stack in stacks(model):
+        gates = {join(name, str(i)): gates_of(model, join(name, str(i)), layer) for i, layer in enumerate(stack)}
+        if any(gates.values()):
+            yield name, {layer: tensors for layer, tensors in gates.items() if tensors}
+
+
+def gates_of(model: nn.Module, name: str, layer: nn.Module) -> tuple[str, ...]:
+    """The tensors that switch a whole layer off, leaving the identity; empty if there are none."""
+    config = getattr(model, "config", None)
+    if not is_residual(config):
+        return ()
+    shortcuts = (child(layer, "shortcut"), child(layer, "downsample"))
+    if not all(shortcut is None or isinstance(shortcut, nn.Identity) for shortcut in shortcuts):
+        return ()
+    own = re.compile(r"(residuals\.\w+\.)?\w+")
+    resweights = tuple(join(name, n) for n, _ in layer.named_parameters() if own.fullmatch(n) and is_resweight(n))
+    if resweights:
+        return resweights
+    for norm, branches in PRE_NORM_BRANCHES:
+        projections = [child(layer, branch) for branch in branches]
+        if child(layer, norm) is not None and all(is_linear(p) for p in projections):
+            both = zip(branches, projections, strict=True)
+            return tuple(cut.tensor for b, p in both for cut in rows(join(name, b), p))
+    return ()
+
+
+def is_residual(config) -> bool:
+    """Whether a branch that is switched off leaves its input unchanged."""
+    norm_position = getattr(config, "norm_position", "none")
+    by_depth = getattr(config, "scale_attn_by_inverse_layer_idx", False)
+    cross = getattr(config, "add_cross_attention", False)
+    if getattr(config, "activation_position", None) == "sum" and config.hidden_act != "relu":
+        return False  # act(x + 0) is x behind another activation only where it is relu
+    return norm_position in ("none", "pre") and getattr(config, "skip_connection", True) and not by_depth and not cross
+
+
+def renumber_layers(model: nn.Module, stack: Iterable[nn.Module]) -> None:
+    """Give the layers of a stack, whose number has changed, their places in the cache."""
+    for index, layer in enumerate(stack):
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = index
+    for module in model.modules():
+        if hasattr(module, "number_attention_layers"):
+            module.number_attention_layers()
+
+
+def write_config(model: nn.Module, num_layers: int | None) -> None:
+    """Describe the sizes that the model has now, if the config has words for them."""
+    config = getattr(model, "config", None)
+    if hasattr(model, "sync_config"):
+        model.sync_config()
+    elif num_layers is not None and hasattr(config, "num_hidden_layers"):
+        config.num_hidden_layers = num_layers

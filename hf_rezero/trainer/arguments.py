@@ -1,0 +1,136 @@
+"""The arguments of a training run."""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from ..optim.registry import BASES, parse_name, split_arguments
+
+
+@dataclass
+class ReZeroTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with more optimizers, a learning rate for the residual weights, and defaults that suit them.
+
+    `optim` is `[gc+][lookahead+|snoo+]NAME`: any name that transformers knows, or radam, ranger, lars, larc,
+    ranger_lars, lamb, muon. `optim_args` is `name=value,...` with tuples allowed, for the optimizer of that name;
+    `lookahead_k`, `lookahead_alpha`, `lookahead_momentum`, `lookahead_evaluate_slow` and `gc_conv_only` are for the
+    prefixes. Our own optimizers keep their own betas and eps unless `adam_beta1`, `adam_beta2` or `adam_epsilon`
+    differ from the defaults of transformers or `optim_args` names them.
+
+    `lr_scheduler_kwargs={"points": [[0, 0.1], [0.4, 1], [1, 0]]}` is a schedule of straight lines between shares of
+    the training and factors of `learning_rate`, whatever `lr_scheduler_type` says; `"momentum"` takes points too.
+
+    `torch_compile` compiles one layer and reuses it for all, unless ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=false.
+
+    `bpb` as `metric_for_best_model` is better when lower. `ddp_find_unused_parameters` is False, because every
+    parameter takes part in every step.
+    """
+
+    optim: str = field(
+        default=TrainingArguments.__dataclass_fields__["optim"].default,
+        metadata={
+            "help": "[gc+][lookahead+ or snoo+]NAME, where NAME is radam, ranger, lars, larc, ranger_lars, lamb, muon, or "
+            "any optimizer that transformers knows."
+        },
+    )
+    resweight_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the residual weights, scheduled like the other; default: --learning_rate."
+        },
+    )
+    resweight_constant_lr: bool = field(
+        default=False,
+        metadata={"help": "Do not schedule the learning rate of the residual weights, as suits one-cycle schedules."},
+    )
+    gradinit_steps: int = field(
+        default=0,
+        metadata={"help": "Learn initial scales of the weights in so many steps before training; 0: do not."},
+    )
+    gradinit_eta: float | None = field(
+        default=None, metadata={"help": "Length of GradInit's trial step; default: --learning_rate."}
+    )
+    gradinit_gamma: float | None = field(
+        default=None, metadata={"help": "Bound of the gradient norm; default: the paper's rule, 0.1 / eta."}
+    )
+    gradinit_scale_lr: float = field(default=1e-2, metadata={"help": "Learning rate of the scales."})
+    gradinit_max_scale: float = field(default=10.0, metadata={"help": "Ceiling of the scales."})
+    gradinit_probe_resweight: float | None = field(
+        default=None, metadata={"help": "Value of the residual weights during GradInit; they are restored."}
+    )
+    prune_method: str | None = field(
+        default=None, metadata={"help": "l1 or l0: learn masks during training and remove what they close."}
+    )
+    prune_targets: str | None = field(
+        default=None,
+        metadata={
+            "help": "Any of heads, neurons, channels, layers, sublayers, width; default: what the model has of the first "
+            "three."
+        },
+    )
+    prune_target_sparsity: float | None = field(
+        default=None, metadata={"help": "Fraction of the prunable parameters that shall go."}
+    )
+    prune_lambda: float | None = field(default=None, metadata={"help": "Fixed factor of the penalty, without target."})
+    prune_start_step: int = field(default=0, metadata={"help": "Train so many steps before the masks come."})
+    prune_warmup_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps in which the penalty rises; default: half of those with masks if there is a target."},
+    )
+    prune_end_step: int | None = field(
+        default=None,
+        metadata={"help": "Remove the closed units after so many steps; default: half-way from start to end."},
+    )
+    prune_mask_learning_rate: float | None = field(
+        default=None, metadata={"help": "Constant learning rate of the masks; default: 0.01 for l1, 0.05 for l0."}
+    )
+    prune_beta: float | None = field(default=None, metadata={"help": "Temperature of the L0 gates; default: 2/3."})
+    prune_beta_end: float | None = field(
+        default=None, metadata={"help": "Temperature that the L0 gates reach at the end; default: that of the start."}
+    )
+    prune_capture: float | None = field(
+        default=None, metadata={"help": "An L1 mask below this stays 0 for ever; default: 0.02."}
+    )
+    prune_min_keep: int = field(default=1, metadata={"help": "Units that stay in every group."})
+    prune_round_to: int = field(default=1, metadata={"help": "Kept units of every group are a multiple of this."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without gradient in every distributed step."}
+    )
+
+    def __post_init__(self):
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("bpb", "perplexity")):
+            self.greater_is_better = False
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # or accelerate forms no group, and each process trains alone
+        chosen = _check_optimizer(self.optim, self.optim_args)
+        self.optim = OptimizerNames.ADAMW_TORCH  # whatever the parent accepts
+        super().__post_init__()
+        self.optim = chosen
+        if self.torch_compile:  # one layer, reused for all: 128 of them in seconds
+            os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+
+    def set_optimizer(self, name: str = "adamw_torch", *args, **kwargs):
+        """As in `TrainingArguments`, for all names."""
+        super().set_optimizer("adamw_torch", *args, **kwargs)
+        self.optim = _check_optimizer(name, self.optim_args)
+        return self
+
+
+def _check_optimizer(optim: str, optim_args: str | None) -> str:
+    """The name, as transformers has it where it has it.
+
+    Raises:
+        ValueError: The name or the arguments have no meaning.
+    """
+    optim = getattr(optim, "value", optim)
+    name = parse_name(optim)
+    split_arguments(name, optim_args)
+    if optim in list(OptimizerNames):
+        return OptimizerNames(optim)
+    if name.base not in [*BASES, *OptimizerNames]:
+        known = ", ".join([*BASES, *(known.value for known in OptimizerNames)])
+        raise ValueError(f"the optimizer {optim!r} came: expected [gc+][lookahead+ or snoo+] and one of {known}.")
+    return optim
