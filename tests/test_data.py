@@ -153,7 +153,7 @@ def test_decompression_needs_little_memory(tmp_path, cache):
     assert peak < 8 << 20
 
 
-@pytest.mark.parametrize("name, content", [("corpus.txt", b""), ("corpus.gz", gzip.compress(b""))])
+@pytest.mark.parametrize("name, content", [("corpus.txt", b""), ("corpus.gz", gzip.compress(b"", mtime=0))])
 def test_empty_corpus(tmp_path, cache, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match="is empty"):
@@ -596,6 +596,7 @@ def test_windows_that_cannot_be(arguments, message):
         ByteDataset(*arguments)
 
 
-def test_examples_in_docstrings():
+def test_examples_in_docstrings(monkeypatch, cache):
+    monkeypatch.setenv("HF_REZERO_CACHE", str(cache))
     results = [doctest.testmod(module) for module in (data_module, download, windows)]
     assert sum(r.attempted for r in results) >= 8 and not any(r.failed for r in results)
