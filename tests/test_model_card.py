@@ -23,7 +23,7 @@ from hf_rezero import (
     ReZeroTrainingArguments,
     byte_tokenizer,
 )
-from hf_rezero.cli import evaluate_and_save, train_and_save
+from hf_rezero.commands.running import evaluate_and_save, train_and_save
 from hf_rezero.data.windows import evaluation_windows
 from hf_rezero.plots import plot_kept
 from hf_rezero.publish.card import MARKER, write_model_card

@@ -14,12 +14,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from hf_rezero.commands import clm as run_clm
+from hf_rezero.commands import generate
 from hf_rezero.trainer.arguments import ReZeroTrainingArguments
-
-
-sys.path.insert(0, str(SCRIPTS))
-import generate
-import run_clm
 
 
 SHAPE = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,resweight_init=0.5"
@@ -148,7 +145,7 @@ def test_an_earlier_run_is_never_overwritten(text, tmp_path):
 KILLED_RUN = """
 import os, signal, sys
 import torch
-import run_clm
+from hf_rezero.commands import clm as run_clm
 
 save = torch.save
 

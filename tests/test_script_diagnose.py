@@ -1,12 +1,10 @@
 """`scripts/diagnose.py` as its users start it."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
-from launch import SCRIPTS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -21,11 +19,8 @@ from transformers import (
 )
 
 from hf_rezero import ReZeroForCausalLM, ReZeroForTokenClassification, byte_tokenizer
+from hf_rezero.commands import diagnose
 from hf_rezero.diagnostics.jacobian import jacobian_spectrum
-
-
-sys.path.insert(0, str(SCRIPTS))
-import diagnose
 
 
 @pytest.fixture

@@ -16,10 +16,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-
-sys.path.append(str(SCRIPTS))
-
-import run_image_classification
+from hf_rezero.commands import classify_images as run_image_classification
 
 
 MLP = {"model_type": "rezero_mlp", "config_overrides": "num_hidden_layers=3,hidden_size=16"}

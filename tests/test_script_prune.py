@@ -2,12 +2,11 @@
 
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
-from launch import SCRIPTS, run_script
+from launch import run_script
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -21,13 +20,10 @@ from transformers import (
 )
 
 from hf_rezero import ReZeroForCausalLM, ReZeroForMaskedLM, byte_tokenizer
+from hf_rezero.commands import clm as run_clm
+from hf_rezero.commands import prune
 from hf_rezero.plots import plot_kept, plot_sparsity_curve
 from hf_rezero.pruning import PruningReport, load_pruned
-
-
-sys.path.insert(0, str(SCRIPTS))
-import prune
-import run_clm
 
 
 SPECIAL = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 259}

@@ -7,14 +7,13 @@ import lzma
 import math
 import pickle
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from launch import SCRIPTS, run_script
+from launch import run_script
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForMaskedLM,
@@ -24,14 +23,10 @@ from transformers import (
 )
 
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, byte_tokenizer
-from hf_rezero.cli import ModelArguments, load_model
+from hf_rezero.commands import classify_texts as run_classification
+from hf_rezero.commands import mlm as run_mlm
+from hf_rezero.commands.running import ModelArguments, load_model
 from hf_rezero.data.windows import collate_bytes
-
-
-sys.path.append(str(SCRIPTS))
-
-import run_classification
-import run_mlm
 
 
 TINY = "num_hidden_layers=2,hidden_size=16,num_attention_heads=2"

@@ -2,13 +2,11 @@
 
 import json
 import pickle
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from launch import SCRIPTS
 from torch import nn
 from training import make_trainer
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, TrainerCallback
@@ -23,10 +21,7 @@ from hf_rezero import (
     lookahead,
     param_groups,
 )
-
-
-sys.path.insert(0, str(SCRIPTS))
-import run_clm
+from hf_rezero.commands import clm as run_clm
 
 
 # name -> a learning rate at which it learns, and arguments

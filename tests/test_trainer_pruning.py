@@ -14,7 +14,7 @@ from training import TEXT, make_trainer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from hf_rezero import PruningConfig, ReZeroForCausalLM, ReZeroTrainingArguments
-from hf_rezero.cli import parse_arguments
+from hf_rezero.commands.running import parse_arguments
 from hf_rezero.pruning import find_groups
 from hf_rezero.pruning.select import Sizes, openness_of
 from hf_rezero.trainer.pruning import _follow

@@ -25,17 +25,27 @@ def command_line(processes: int = 1, argv: Sequence[str] | None = None) -> str |
     Example:
         >>> command_line(argv=["/home/me/train.py", "--token", "hf_abc", "--train_file", "/home/me/enwik8.xz"])
         'python train.py --train_file enwik8.xz'
+        >>> command_line(argv=["hf-rezero clm", "--do_eval"])
+        'hf-rezero clm --do_eval'
     """
     program, *arguments = sys.argv if argv is None else argv
-    main = sys.modules.get("__main__")
-    spec = getattr(main, "__spec__", None) if getattr(main, "__file__", None) == program else None
-    if not program.endswith(".py") or "kernel_launcher" in program:
+    if "kernel_launcher" in program:
         return None
-    name = program if not _is_absolute(program) else _below_here(program)
-    start = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else ["python", name]
+    start = ["hf-rezero", program.split()[1]] if program.startswith("hf-rezero ") else _python_command(program)
+    if start is None:
+        return None
     if "TORCHELASTIC_RUN_ID" in os.environ and processes > 1:
         start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", str(processes)), *start[1:]]
     return shlex.join([*start, *(redact(value) for value in _without_secrets(arguments))])
+
+
+def _python_command(program: str) -> list[str] | None:
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None) if getattr(main, "__file__", None) == program else None
+    if not program.endswith(".py"):
+        return None
+    name = program if not _is_absolute(program) else _below_here(program)
+    return ["python", "-m", spec.name.removesuffix(".__main__")] if spec else ["python", name]
 
 
 def _below_here(path: str) -> str:

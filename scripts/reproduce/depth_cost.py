@@ -24,7 +24,7 @@ def stepper(layers: int, width: int):
     torch.manual_seed(0)
     config = ReZeroMLPConfig(num_hidden_layers=layers, hidden_size=width, num_labels=10)
     model = ReZeroMLPForImageClassification(config).train()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     optimizer = torch.optim.Adagrad(model.parameters(), lr=1e-4)
     images, labels = torch.randn(100, 3, 32, 32), torch.randint(10, (100,))
 

@@ -44,7 +44,7 @@ def train(rule: str, shape: dict, rates: tuple[float, float], seed: int, data: t
     torch.manual_seed(seed)
     model = ReZeroMLPForImageClassification(ReZeroMLPConfig(num_labels=10, **shape, **RULES[rule])).train()
     if shape["num_hidden_layers"] >= 1000:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     named = [(name.endswith("resweight"), p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for is_gate, p in named if is_gate == k], "lr": rates[k]} for k in (False, True)]
     optimizer = torch.optim.Adagrad([group for group in groups if group["params"]])

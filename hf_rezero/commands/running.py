@@ -7,12 +7,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from torch.utils.data import Subset
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
+    EvalPrediction,
     HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
@@ -20,13 +28,16 @@ from transformers import (
     Trainer,
 )
 
-from .data.tokenizer import byte_tokenizer
-from .diagnostics.resweights import resweight_profile
-from .optim.registry import split_items
-from .plots import plot_resweights, plot_training
-from .trainer.arguments import ReZeroTrainingArguments
-from .trainer.checkpoints import last_checkpoint
-from .trainer.gradinit import state_file
+from ..data.corpora import load_corpus
+from ..data.tokenizer import byte_tokenizer
+from ..data.windows import ByteDataset
+from ..diagnostics.resweights import resweight_profile
+from ..files import write_text
+from ..optim.registry import split_items
+from ..plots import plot_resweights, plot_training
+from ..trainer.arguments import ReZeroTrainingArguments
+from ..trainer.checkpoints import last_checkpoint
+from ..trainer.gradinit import state_file
 
 
 @dataclass
@@ -315,3 +326,93 @@ def _draw(trainer: Trainer) -> None:
     profile = resweight_profile(trainer.accelerator.unwrap_model(trainer.model))
     if profile and trainer.args.do_train:
         plot_resweights(profile, Path(trainer.args.output_dir, "resweights.png"))
+
+
+AUTO_CLASSES = {
+    "ForCausalLM": AutoModelForCausalLM,
+    "LMHeadModel": AutoModelForCausalLM,
+    "ForMaskedLM": AutoModelForMaskedLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+    "ForImageClassification": AutoModelForImageClassification,
+}
+
+
+def load_as_saved(name: str, trust_remote_code: bool):
+    """The model in the class that it was saved as."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    architecture = (config.architectures or [""])[0]
+    for ending, auto_class in AUTO_CLASSES.items():
+        if architecture.endswith(ending):
+            return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code)
+    raise ValueError(
+        f"{name} holds a {architecture or 'model of unknown class'}: expected one of {', '.join(AUTO_CLASSES)}."
+    )
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of examples whose likeliest label is the right one."""
+    return {"accuracy": float(np.mean(likeliest(prediction.predictions) == prediction.label_ids))}
+
+
+def likeliest(predictions) -> np.ndarray:
+    """The label ids (N,) of logits (N, C), which some models return as the first of several outputs."""
+    return (predictions[0] if isinstance(predictions, tuple) else predictions).argmax(-1)
+
+
+@dataclass
+class DataArguments:
+    """The bytes to train on."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "python-stdlib, enwik8, or a `datasets` name with a text column."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    train_file: str | None = field(default=None, metadata={"help": "Any file, read as bytes; .xz .gz .bz2 .zip too."})
+    validation_file: str | None = field(default=None, metadata={"help": "Default: cut from the training file."})
+    test_file: str | None = field(default=None, metadata={"help": "Default: cut from the training file."})
+    validation_split_percentage: float = field(default=5, metadata={"help": "Part cut off for validation."})
+    test_split_percentage: float = field(default=5, metadata={"help": "Part cut off, at the end, for testing."})
+    block_size: int = field(default=512, metadata={"help": "Bytes of a training or evaluation window."})
+    eval_stride: int | None = field(
+        default=None,
+        metadata={"help": "Step between evaluation windows; every byte is scored once. Default: half a window."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use so many training windows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many evaluation windows."})
+
+
+def shortened(dataset: ByteDataset, count: int | None):
+    """The first `count` windows, or all."""
+    return dataset if count is None else Subset(dataset, range(min(count, len(dataset))))
+
+
+def load_bytes(args: DataArguments, cache_dir: str | None):
+    """The three parts of the corpus; a part with a file of its own is not cut from the training file."""
+    if (args.dataset_name is None) == (args.train_file is None):
+        raise ValueError("give exactly one of --dataset_name and --train_file.")
+    if args.train_file is None:
+        corpus = load_corpus(args.dataset_name, config_name=args.dataset_config_name, cache_dir=cache_dir)
+        return corpus.train, corpus.validation, corpus.test
+    validation = 0 if args.validation_file else args.validation_split_percentage / 100
+    test = 0 if args.test_file else args.test_split_percentage / 100
+    corpus = load_corpus(args.train_file, split=(1 - validation - test, validation, test), cache_dir=cache_dir)
+    parts = [corpus.train, corpus.validation, corpus.test]
+    for index, file in ((1, args.validation_file), (2, args.test_file)):
+        if file:
+            parts[index] = load_corpus(file, split=(1, 0, 0), cache_dir=cache_dir).train
+    return parts
+
+
+def predict_and_save(trainer: Trainer, dataset, names: Sequence[str], *, has_labels: bool) -> dict[str, float]:
+    """Write the name of the likeliest label of every example, and return the metrics if the right ones are known."""
+    output = trainer.predict(dataset)
+    if trainer.is_world_process_zero():
+        rows = [f"{index}\t{names[i]}\n" for index, i in enumerate(likeliest(output.predictions))]
+        write_text(Path(trainer.args.output_dir, "predict_results.txt"), "index\tprediction\n" + "".join(rows))
+    if not has_labels:
+        return {}
+    metrics = output.metrics or {}
+    trainer.log_metrics("test", metrics)
+    trainer.save_metrics("test", metrics)
+    return metrics

@@ -1,0 +1,1 @@
+"""What `hf-rezero COMMAND` runs; each file is one command."""

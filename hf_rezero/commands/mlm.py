@@ -1,0 +1,104 @@
+"""Train or evaluate a masked language model, an encoder, on raw bytes.
+
+    python scripts/run_mlm.py --dataset_name python-stdlib --output_dir outputs/mlm --do_train --do_eval --do_predict \
+        --config_overrides num_hidden_layers=12,hidden_size=256 --max_steps 1000 --learning_rate 2e-3
+
+Arguments, data and what a finished run leaves are those of `run_clm.py`. As in BERT (Devlin et al. 2019,
+arXiv:1810.04805), a part of the bytes is to be predicted: 80 % of them are replaced by `<|mask|>`, 10 % by a random
+token, 10 % are left as they are. `eval_loss` is nats per predicted byte, `eval_perplexity` its exponential, and
+`eval_accuracy` the share of right answers, all exact for any batch size and number of processes.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForMaskedLM, EvalPrediction, set_seed
+
+from .. import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
+from ..data.masking import MaskedBytes
+from ..data.windows import collate_bytes
+from .running import (
+    DataArguments,
+    ModelArguments,
+    check_output_dir,
+    check_purpose,
+    evaluate_and_save,
+    load_bytes,
+    load_model,
+    parse_arguments,
+    run,
+    shortened,
+)
+
+
+@dataclass
+class MaskedDataArguments(DataArguments):
+    """The bytes to train on, and how many of them to mask."""
+
+    eval_stride: None = field(default=None, init=False)  # no argument: evaluation windows do not overlap
+    mlm_probability: float = field(default=0.15, metadata={"help": "Part of the bytes that is to be predicted."})
+
+    def __post_init__(self):
+        if not 0 < self.mlm_probability <= 1:
+            raise ValueError(
+                f"mlm_probability={self.mlm_probability}: choose a part of the bytes, above 0 and up to 1."
+            )
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run what the arguments ask for and return the metrics."""
+    model_args, data_args, training_args = parse_arguments(
+        (ModelArguments, MaskedDataArguments, ReZeroTrainingArguments), __doc__.splitlines()[0], argv
+    )
+    check_purpose(training_args)
+    checkpoint = check_output_dir(training_args)
+    set_seed(training_args.seed)
+    with training_args.main_process_first(desc="reading the corpus"):
+        train, validation, test = load_bytes(data_args, model_args.cache_dir)
+    evaluates = training_args.do_eval or training_args.eval_strategy != "no"
+    trainer = ReZeroTrainer(
+        load_model(model_args, AutoModelForMaskedLM, data_args.block_size, is_causal=False),
+        training_args,
+        data_collator=collate_bytes,
+        train_dataset=windows(train, data_args, data_args.max_train_samples) if training_args.do_train else None,
+        eval_dataset=windows(validation, data_args, data_args.max_eval_samples, fixed=True) if evaluates else None,
+        processing_class=byte_tokenizer(model_max_length=data_args.block_size),
+        preprocess_logits_for_metrics=score_windows,
+        compute_metrics=add_up,
+    )
+
+    def predict() -> dict[str, float]:
+        return evaluate_and_save(trainer, windows(test, data_args, data_args.max_eval_samples, fixed=True), "test")
+
+    return run(
+        trainer,
+        checkpoint,
+        predict,
+        tasks="fill-mask",
+        dataset=data_args.dataset_name or data_args.train_file,
+    )
+
+
+def windows(data, args: MaskedDataArguments, count: int | None, fixed: bool = False):
+    """The first `count` masked windows of the bytes, or all."""
+    return shortened(MaskedBytes(data, args.block_size, args.mlm_probability, fixed), count)
+
+
+def score_windows(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(B, T, V) -> (B, 3): nats, right answers and number of predicted bytes of each window."""
+    nll = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    right, asked = logits.argmax(-1).eq(labels), labels.ne(-100)
+    return torch.stack((nll.sum(1), right.sum(1).float(), asked.sum(1).float()), dim=1)
+
+
+def add_up(prediction: EvalPrediction) -> dict[str, float]:
+    """Mean over all predicted bytes; `loss` takes the place of the Trainer's mean of batch means."""
+    nll, right, asked = prediction.predictions.sum(0, dtype=np.float64)
+    perplexity = np.exp(min(nll / asked, 700))  # short of the largest number
+    return {"loss": float(nll / asked), "perplexity": float(perplexity), "accuracy": float(right / asked)}
+
+
+if __name__ == "__main__":
+    main()

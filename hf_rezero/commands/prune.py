@@ -1,0 +1,406 @@
+"""Prune a causal language model: by scores in one shot, or by masks learned while it trains.
+
+    python scripts/prune.py --model_name_or_path outputs/quickstart --train_file text.xz --output_dir outputs/pruned \
+        --score taylor --prune_targets heads,neurons --prune_target_sparsity 0.5 --max_steps 200
+    python scripts/prune.py --model_name_or_path outputs/quickstart --train_file text.xz --output_dir outputs/learned \
+        --prune_method l1 --prune_targets heads,neurons --prune_target_sparsity 0.5 --max_steps 1000 \
+        --weight_decay 0.01
+    python scripts/prune.py --model_name_or_path outputs/quickstart --train_file text.xz --output_dir outputs/curve \
+        --score magnitude --sparsities 0.3,0.5,0.7
+
+`--score` removes the units of the lowest score at once, then fine-tunes if `--max_steps` or `--do_train` is given;
+`--prune_method` learns masks. A checkpoint with the byte tokenizer, or with none, reads the bytes of the corpus; one
+with another tokenizer reads its tokens, and its quality is then in bits per token. Beside the smaller checkpoint a
+run leaves `pruning/report.json`, `pruning/report.png` and `all_results.json`; `--sparsities` leaves `curve.json` and
+`curve.png`.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+
+from .. import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
+from ..data.windows import ByteDataset, collate_bytes, evaluation_windows, token_windows
+from ..files import read_json, write_json
+from ..plots import plot_kept, plot_sparsity_curve
+from ..pruning import (
+    PruningReport,
+    apoz,
+    attach_masks,
+    find_groups,
+    first_k,
+    load_pruned,
+    magnitude,
+    output_of,
+    prune_,
+    random,
+    select,
+    taylor,
+)
+from ..publish.card import write_model_card
+from .running import (
+    DataArguments,
+    ModelArguments,
+    check_output_dir,
+    evaluate_and_save,
+    load_any_model,
+    load_bytes,
+    load_tokenizer,
+    parse_arguments,
+    run,
+    shortened,
+)
+
+
+SCORES = ("first_k", "random", "magnitude", "apoz", "taylor")
+SCOPES = ("group", "global")
+STAGES = {"before": "before", "pruned": "right after pruning", "eval": "at the end"}
+LARGEST_BYTE_VOCABULARY = 512  # bytes and special tokens, rounded up by whoever made the table
+
+
+@dataclass
+class PruneArguments:
+    """Pruning without training; the `--prune_*` arguments say what, and how to learn masks instead."""
+
+    score: str | None = field(
+        default=None,
+        metadata={"help": f"Prune in one shot the units of the lowest {', '.join(SCORES)}; excludes --prune_method."},
+    )
+    score_scope: str = field(
+        default="group",
+        metadata={"help": "group: the same fraction everywhere; global: compare scores across groups."},
+    )
+    score_windows: int = field(
+        default=64, metadata={"help": "Training windows, evenly spaced, for the scores apoz and taylor."}
+    )
+    apoz_eps: float = field(
+        default=0.0, metadata={"help": "What apoz counts as zero, |x| <= eps; smooth activations need more than 0."}
+    )
+    sparsities: str | None = field(
+        default=None, metadata={"help": "0.3,0.5,0.7: quality of the pruned model at each, for --score, no training."}
+    )
+
+
+@dataclass
+class Data:
+    """What the model reads, and in which tokens."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    tokenizer: object
+    is_bytes: bool
+
+
+class TokenTrainer(ReZeroTrainer):
+    """Bits per predicted token, where a token is not a byte."""
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """Evaluate; `{metric_key_prefix}_bits_per_token` stands in place of bits per byte."""
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = output.metrics or {}
+        metrics[f"{metric_key_prefix}_bits_per_token"] = metrics.pop(f"{metric_key_prefix}_bpb")
+        return output
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run what the arguments ask for and return the metrics."""
+    model_args, data_args, prune_args, args = parse_arguments(
+        (ModelArguments, DataArguments, PruneArguments, ReZeroTrainingArguments), __doc__.splitlines()[0], argv
+    )
+    sparsities = check_arguments(model_args, prune_args, args)
+    trains = args.do_train or args.max_steps > 0 or args.prune_method is not None
+    args.do_train = args.do_eval = True  # something is written in any case, and never over an earlier run
+    checkpoint, args.do_train = check_output_dir(args), trains
+    set_seed(args.seed)
+    model = load_checkpoint(model_args, data_args.block_size)
+    with args.main_process_first(desc="reading the corpus"):
+        data = load_data(data_args, model_args, model.config)
+    if sparsities:
+        draw_curve(model, data, prune_args, args, sparsities)
+    if args.prune_method is None and args.prune_target_sparsity is None:
+        return {}
+    size = weights_size(model_args.model_name_or_path) or model.get_memory_footprint()
+    trainer = make_trainer(model, args, data)
+    metrics = prune(trainer, data, prune_args, checkpoint, data_args.dataset_name or data_args.train_file)
+    metrics |= save_report(trainer, size)
+    if trainer.is_world_process_zero():
+        print_summary(trainer, metrics, data)
+    return metrics
+
+
+def prune(
+    trainer: ReZeroTrainer, data: Data, prune_args: PruneArguments, checkpoint: str | bool | None, dataset: str
+) -> dict[str, float]:
+    """Evaluate, prune and train in the order of the method, and save the model."""
+    args = trainer.args
+    metrics = evaluate_and_save(trainer, data.validation, "before")
+    if prune_args.score is not None:
+        trainer.pruning_report = prune_at_once(trainer.model, data, prune_args, args)
+        if args.do_train:
+            metrics |= evaluate_and_save(trainer, data.validation, "pruned")
+        else:
+            trainer.save_model()
+    card = {"tasks": "text-generation", "dataset": dataset}
+    return metrics | run(trainer, checkpoint, lambda: evaluate_and_save(trainer, data.test, "test"), **card)
+
+
+def check_arguments(model_args: ModelArguments, prune_args: PruneArguments, args) -> list[float]:
+    """Refuse what does not go together, and return the sparsities of the curve."""
+    if not model_args.model_name_or_path:
+        raise ValueError("there is nothing to prune: name a checkpoint with --model_name_or_path.")
+    if (prune_args.score is None) == (args.prune_method is None):
+        raise ValueError(
+            f"--score {prune_args.score} and --prune_method {args.prune_method} came: expected exactly one, --score "
+            f"{', '.join(SCORES)} to prune in one shot, or --prune_method l1 or l0 to learn masks."
+        )
+    for name, value, choices in (
+        ("score", prune_args.score or SCORES[0], SCORES),
+        ("score_scope", prune_args.score_scope, SCOPES),
+    ):
+        if value not in choices:
+            raise ValueError(f"--{name} {value} came: expected one of {', '.join(choices)}.")
+    if prune_args.score_windows < 1:
+        raise ValueError(f"--score_windows {prune_args.score_windows} came: expected at least 1.")
+    return check_sparsities(prune_args, args)
+
+
+def check_sparsities(prune_args: PruneArguments, args) -> list[float]:
+    """The sparsities of the curve; one-shot pruning needs these or a target."""
+    if prune_args.sparsities is None:
+        if prune_args.score and args.prune_target_sparsity is None:
+            raise ValueError("--score needs --prune_target_sparsity, or --sparsities for a curve.")
+        return []
+    if args.prune_method is not None:
+        raise ValueError("--sparsities draws the curve of a --score: leave it out with --prune_method.")
+    try:
+        sparsities = [float(value) for value in prune_args.sparsities.split(",")]
+    except ValueError:
+        sparsities = [-1.0]
+    if not all(0 <= value < 1 for value in sparsities):
+        raise ValueError(
+            f"--sparsities {prune_args.sparsities} came: expected fractions of at least 0 and below 1, as 0.3,0.5."
+        )
+    return sorted(sparsities)
+
+
+def load_checkpoint(args: ModelArguments, block_size: int) -> PreTrainedModel:
+    """The model to prune, also one that was pruned before."""
+    folder = Path(args.model_name_or_path)
+    own = read_json(folder / "config.json")
+    if own.get("pruning") and own["model_type"] != "rezero":
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+        load_pruned(folder, model)
+    else:
+        model = load_any_model(args, AutoModelForCausalLM, {})
+    architectures: list[str] = getattr(model.config, "architectures", None) or [type(model).__name__]
+    if type(model).__name__ not in architectures:
+        raise ValueError(
+            f"{folder} holds a {architectures[0]}: this script prunes causal language models. Prune others in Python "
+            f"with hf_rezero.pruning, or while they train, with the --prune_* arguments of the other scripts."
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    has_table = getattr(model.config, "position_embedding_type", "learned") == "learned"
+    if has_table and positions is not None and block_size > positions:
+        raise ValueError(f"--block_size {block_size} came: the model reads at most {positions} positions.")
+    return model
+
+
+def load_data(args: DataArguments, model_args: ModelArguments, config) -> Data:
+    """The windows of the corpus, in bytes or in the tokens of the checkpoint."""
+    tokenizer, size = load_tokenizer(model_args), args.block_size
+    if tokenizer is None and config.vocab_size > LARGEST_BYTE_VOCABULARY:
+        raise ValueError(
+            f"{model_args.model_name_or_path} has no tokenizer, and vocab_size={config.vocab_size} is not that of a "
+            f"byte model: save its tokenizer beside it."
+        )
+    is_bytes = tokenizer is None or tokenizer.get_vocab() == byte_tokenizer().get_vocab()
+    if is_bytes:
+        tokenizer = byte_tokenizer(model_max_length=size)
+        cut, cut_evaluation = ByteDataset, partial(evaluation_windows, stride=args.eval_stride)
+    else:
+        cut = cut_evaluation = partial(token_windows, tokenizer)
+    train, validation, test = load_bytes(args, model_args.cache_dir)
+    return Data(
+        shortened(cut(train, size), args.max_train_samples),
+        shortened(cut_evaluation(validation, size), args.max_eval_samples),
+        shortened(cut_evaluation(test, size), args.max_eval_samples),
+        tokenizer,
+        is_bytes,
+    )
+
+
+def make_trainer(model: PreTrainedModel, args: ReZeroTrainingArguments, data: Data) -> ReZeroTrainer:
+    """A Trainer that evaluates and trains on the windows."""
+    return (ReZeroTrainer if data.is_bytes else TokenTrainer)(
+        model,
+        args,
+        data_collator=collate_bytes,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=data.tokenizer,
+    )
+
+
+def prune_at_once(model: PreTrainedModel, data: Data, prune_args: PruneArguments, args) -> PruningReport:
+    """Remove the units of the lowest scores, and compare with the model that has them masked."""
+    groups = find_groups(model, targets(args))
+    scores = score(model, groups, data, prune_args, args)
+    return remove(model, groups, scores, args.prune_target_sparsity, data, prune_args, args)
+
+
+def targets(args: ReZeroTrainingArguments) -> list[str] | None:
+    """The kinds of units to prune."""
+    return None if args.prune_targets is None else [name.strip() for name in args.prune_targets.split(",")]
+
+
+def score(model, groups, data: Data, prune_args: PruneArguments, args) -> dict[str, torch.Tensor]:
+    """How useful each unit is by `--score`, the same on every process."""
+    batches = score_batches(model, data.train, prune_args.score_windows, args.per_device_train_batch_size)
+    if prune_args.score == "apoz":
+        scores = apoz(model, groups, batches, eps=prune_args.apoz_eps)
+        check_zeros(groups, scores)
+        return scores
+    return {
+        "first_k": lambda: first_k(groups),
+        "random": lambda: random(groups, generator=torch.Generator().manual_seed(args.seed)),
+        "magnitude": lambda: magnitude(model, groups),
+        "taylor": lambda: taylor(model, groups, batches),
+    }[prune_args.score]()
+
+
+def check_zeros(groups, scores: dict[str, torch.Tensor]) -> None:
+    """Refuse scores that tell no unit from another."""
+    for group in groups:
+        if group.num_units > 1 and (scores[group.name] == scores[group.name][0]).all():
+            raise ValueError(
+                f"apoz found the {group.num_units} {group.kind} of {group.name!r} equally often zero, so that nothing "
+                f"is known of them: raise --apoz_eps, leave out {group.kind} in --prune_targets, or use another --score."
+            )
+
+
+def score_batches(model, windows: Dataset, count: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of evenly spaced windows."""
+    count = min(count, len(windows))
+    chosen = Subset(windows, [i * len(windows) // count for i in range(count)])
+    for batch in DataLoader(chosen, batch_size, collate_fn=collate_bytes):
+        yield {key: value.to(model.device) for key, value in batch.items()}
+
+
+def remove(model, groups, scores, sparsity: float, data: Data, prune_args: PruneArguments, args) -> PruningReport:
+    """Prune to the sparsity in place."""
+    kept = select(
+        model,
+        groups,
+        scores,
+        sparsity,
+        scope=prune_args.score_scope,
+        min_keep=args.prune_min_keep,
+        round_to=args.prune_round_to,
+    )
+    batch = next(score_batches(model, data.train, 4, 4))
+    masked = masked_logits(model, groups, kept, batch)
+    report = prune_(model, groups, kept, method=prune_args.score, target_sparsity=sparsity)
+    report.compare(masked, output_of(model, batch))
+    return report
+
+
+@torch.no_grad()
+def masked_logits(model, groups, kept: dict[str, torch.Tensor], batch) -> torch.Tensor:
+    """What the model says when units are multiplied by 0 that are still there."""
+    masks = attach_masks(model, groups, "l1")
+    for name, values in masks.split(masks.layer.mask).items():
+        values.zero_().index_fill_(0, kept[name].to(values.device), 1.0)
+    masked = output_of(model, batch)
+    masks.detach_()
+    return masked
+
+
+def draw_curve(model, data: Data, prune_args: PruneArguments, args, sparsities: list[float]) -> None:
+    """Prune and evaluate a copy at each sparsity, without training."""
+    groups = find_groups(model, targets(args))
+    scores = score(model.to(args.device), groups, data, prune_args, args)
+    points = []
+    for sparsity in [0.0, *(value for value in sparsities if value)]:
+        pruned, reached = copy.deepcopy(model), 0.0
+        if sparsity:
+            reached = remove(pruned, groups, scores, sparsity, data, prune_args, args).sparsity
+        quality = make_trainer(pruned, args, data).evaluate()
+        point = {"score": prune_args.score, "target": sparsity, "sparsity": reached}
+        point["parameters"] = sum(p.numel() for p in pruned.parameters())
+        point |= {name: quality[f"eval_{name}"] for name in ("loss", unit_of(data)[0])}
+        points.append(point)
+    if args.process_index == 0:
+        save_curve(points, Path(args.output_dir), *unit_of(data))
+
+
+def save_curve(points: list[dict], folder: Path, metric: str, unit: str) -> None:
+    """Write the numbers and their picture, and print them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "curve.json", points)
+    plot_sparsity_curve(points, folder / "curve.png")
+    for point in points:
+        print(f"sparsity {point['sparsity']:.3f}: {point['parameters']:,} parameters, {point[metric]:.4f} {unit}")
+
+
+def unit_of(data: Data) -> tuple[str, str]:
+    """The metric of quality, and its unit in words."""
+    return ("bpb", "bits per byte") if data.is_bytes else ("bits_per_token", "bits per token")
+
+
+def weights_size(folder: str | Path) -> int:
+    """Bytes of the weight files in a folder; 0 where there are none."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def save_report(trainer: ReZeroTrainer, size: int) -> dict[str, float]:
+    """Write the report, its picture and the sizes."""
+    folder, report = Path(trainer.args.output_dir), trainer.pruning_report
+    if trainer.is_world_process_zero():
+        report.save(folder / "pruning" / "report.json")
+        plot_kept(report, folder / "pruning" / "report.png")
+    metrics = {
+        "pruning_parameters_before": report.parameters_before,
+        "pruning_parameters_after": report.parameters_after,
+        "pruning_bytes_before": size,
+        "pruning_bytes_after": weights_size(folder),
+        "pruning_sparsity": report.sparsity,
+    }
+    trainer.save_metrics("pruning", metrics)
+    if trainer.is_world_process_zero():
+        write_model_card(folder)  # again, with the sizes
+    return metrics
+
+
+def print_summary(trainer: ReZeroTrainer, metrics: dict[str, float], data: Data) -> None:
+    """What was removed, what it cost, and how to load the rest."""
+    name, unit = unit_of(data)
+    values = {words: metrics.get(f"{stage}_{name}") for stage, words in STAGES.items()}
+    print(trainer.pruning_report)
+    print(f"weight files: {metrics['pruning_bytes_before']:,} -> {metrics['pruning_bytes_after']:,} bytes")
+    print(f"{unit}: " + ", ".join(f"{value:.4f} {words}" for words, value in values.items() if value is not None))
+    print(f"load it with:\n{load_lines(trainer.model, trainer.args.output_dir)}")
+
+
+def load_lines(model: PreTrainedModel, folder: str) -> str:
+    """The Python that loads the pruned checkpoint."""
+    if model.config.model_type == "rezero":
+        return (
+            "import hf_rezero; from transformers import AutoModelForCausalLM\n"
+            f"model = AutoModelForCausalLM.from_pretrained({folder!r})"
+        )
+    return (
+        "from hf_rezero.pruning import load_pruned; from transformers import AutoConfig, AutoModelForCausalLM\n"
+        f"model = load_pruned({folder!r}, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained({folder!r})))"
+    )
+
+
+if __name__ == "__main__":
+    main()
