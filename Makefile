@@ -7,9 +7,8 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 NEWEST := .venv-newest
 # what a release of transformers can break
-CONTRACT := tests/test_versions.py tests/test_generation.py tests/test_modeling*.py tests/test_per_layer.py \
-	tests/test_configuration.py tests/test_image_models.py tests/test_compat*.py tests/test_hub.py tests/test_push_to_hub.py \
-	tests/test_trainer*.py tests/test_pruning*.py tests/test_grow.py tests/test_fold_convert.py tests/test_run_clm.py
+CONTRACT := tests/test_versions.py tests/test_compat*.py tests/models tests/trainer tests/pruning tests/rewrite \
+	tests/publish/test_push.py tests/commands/test_clm.py
 
 .PHONY: install quickstart test test-fast test-newest contract test-all test-oldest test-hf lint quality style tables
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import run_workers
 from PIL import Image
+from support.launch import run_workers
 from torch import nn
 from transformers import CompileConfig, ViTImageProcessorPil, pipeline
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
