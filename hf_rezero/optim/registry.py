@@ -1,6 +1,9 @@
 """Names of optimizers, `[gc+][lookahead+|snoo+]BASE`, and their arguments as one text."""
 
 import ast
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
@@ -15,16 +18,36 @@ from .ranger import Ranger
 from .ranger_lars import RangerLARS
 
 
+@dataclass(frozen=True)
+class Base:
+    """One of our optimizers, as a name stands for it.
+
+    Attributes:
+        make: Its class.
+        trial_step: The algorithm of `gradinit_` that takes the kind of step that it takes; None: there is none.
+        fixed: Arguments that belong to the name.
+        by_element: Whether its step needs no whole matrix, so that flattened weights will do.
+    """
+
+    make: type[Optimizer]
+    trial_step: str | None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    by_element: bool = False
+
+
 BASES = {
-    "radam": RAdam,
-    "ranger": Ranger,
-    "lars": LARS,
-    "larc": LARS,
-    "ranger_lars": RangerLARS,
-    "lamb": LAMB,
-    "muon": Muon,
+    "radam": Base(RAdam, trial_step="adam", by_element=True),
+    "ranger": Base(Ranger, trial_step="adam"),
+    "lars": Base(LARS, trial_step="lars"),
+    "larc": Base(LARS, trial_step="lars", fixed={"clip": True}),
+    "ranger_lars": Base(RangerLARS, trial_step="lamb"),
+    "lamb": Base(LAMB, trial_step="lamb"),
+    "muon": Base(Muon, trial_step="muon"),
 }
-FIXED = {"larc": {"clip": True}}
+_ADAMW = """adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_torch_8bit adamw_torch_4bit
+adamw_anyprecision adamw_8bit adamw_bnb_8bit paged_adamw_8bit paged_adamw_32bit""".split()
+# of the optimizers of transformers by their names there
+TRIAL_STEPS_ELSEWHERE = dict.fromkeys(_ADAMW, "adam") | {"sgd": "sgd_normalized"}
 OUTER = {
     "lookahead": {"lookahead_k": 5, "lookahead_alpha": 0.5, "lookahead_momentum": 0.0},
     "snoo": {"lookahead_k": 20, "lookahead_alpha": 0.7, "lookahead_momentum": 0.5},
@@ -118,7 +141,7 @@ def split_arguments(name: OptimizerName, text: str | None) -> tuple[dict[str, An
     return inner, around
 
 
-def wrap(optimizer: Optimizer, name: OptimizerName, around: dict[str, Any]) -> Optimizer:
+def wrap(optimizer: Optimizer, name: OptimizerName, around: Mapping[str, Any]) -> Optimizer:
     """Put around `optimizer` what its name says."""
     if name.centralize:
         centralize_gradients(optimizer, conv_only=around.get("gc_conv_only", False))
@@ -126,3 +149,64 @@ def wrap(optimizer: Optimizer, name: OptimizerName, around: dict[str, Any]) -> O
         options = OUTER[name.outer] | {key: value for key, value in around.items() if key != "gc_conv_only"}
         lookahead(optimizer, **{key.removeprefix("lookahead_"): value for key, value in options.items()})
     return optimizer
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """What the name and the arguments of an optimizer ask for, read once.
+
+    Attributes:
+        name: The parts of the name.
+        arguments: Those of the optimizer inside.
+        around: Those of Lookahead and of gradient centralisation.
+    """
+
+    name: OptimizerName
+    arguments: Mapping[str, Any]
+    around: Mapping[str, Any]
+
+    @property
+    def base(self) -> Base | None:
+        """The optimizer inside where it is ours; None where its name is for transformers to know."""
+        return BASES.get(self.name.base)
+
+    @property
+    def trial_step(self) -> str:
+        """The algorithm of `gradinit_` with the trial step of the optimizer inside.
+
+        Raises:
+            ValueError: There is none.
+
+        Example:
+            >>> parse_optimizer("gc+lookahead+sgd").trial_step
+            'sgd_normalized'
+        """
+        step = self.base.trial_step if self.base else TRIAL_STEPS_ELSEWHERE.get(self.name.base)
+        if step is None:
+            known = [name for name, base in BASES.items() if base.trial_step] + [*TRIAL_STEPS_ELSEWHERE]
+            raise ValueError(
+                f"the optimizer {self.name.base!r} came, and GradInit has no trial step for it, only for "
+                f"{', '.join(known)}. Take one of these, or choose a step: run gradinit_(model, batches, "
+                f"algorithm=...) and then train without GradInit, or pass GradInitConfig(algorithm=...)."
+            )
+        return step
+
+    def wrap(self, optimizer: Optimizer) -> Optimizer:
+        """Put around `optimizer` what the name says."""
+        return wrap(optimizer, self.name, self.around)
+
+
+@lru_cache
+def parse_optimizer(name: str, arguments: str | None = None) -> OptimizerSpec:
+    """Read `--optim` and `--optim_args`.
+
+    Raises:
+        ValueError: One of them is malformed, or an argument is for a wrapper that the name does not ask for.
+
+    Example:
+        >>> spec = parse_optimizer("lookahead+radam", "lookahead_k=6,eps=1e-6")
+        >>> spec.base.make.__name__, dict(spec.arguments), dict(spec.around)
+        ('RAdam', {'eps': 1e-06}, {'lookahead_k': 6})
+    """
+    parsed = parse_name(name)
+    return OptimizerSpec(parsed, *split_arguments(parsed, arguments))

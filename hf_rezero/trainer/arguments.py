@@ -7,15 +7,15 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..optim.registry import BASES, parse_name, split_arguments
+from ..optim.registry import BASES, parse_optimizer
 
 
 @dataclass
 class ReZeroTrainingArguments(TrainingArguments):
     """`TrainingArguments` with more optimizers, a learning rate for the residual weights, and defaults that suit them.
 
-    `optim` is `[gc+][lookahead+|snoo+]NAME`: any name that transformers knows, or radam, ranger, lars, larc,
-    ranger_lars, lamb, muon. `optim_args` is `name=value,...` with tuples allowed, for the optimizer of that name;
+    `optim` is `[gc+][lookahead+|snoo+]NAME`: any name that transformers knows, or one of `hf_rezero.optim.registry.BASES`.
+    `optim_args` is `name=value,...` with tuples allowed, for the optimizer of that name;
     `lookahead_k`, `lookahead_alpha`, `lookahead_momentum`, `lookahead_evaluate_slow` and `gc_conv_only` are for the
     prefixes. Our own optimizers keep their own betas and eps unless `adam_beta1`, `adam_beta2` or `adam_epsilon`
     differ from the defaults of transformers or `optim_args` names them.
@@ -32,8 +32,8 @@ class ReZeroTrainingArguments(TrainingArguments):
     optim: str = field(
         default=TrainingArguments.__dataclass_fields__["optim"].default,
         metadata={
-            "help": "[gc+][lookahead+ or snoo+]NAME, where NAME is radam, ranger, lars, larc, ranger_lars, lamb, muon, or "
-            "any optimizer that transformers knows."
+            "help": f"[gc+][lookahead+ or snoo+]NAME, where NAME is {', '.join(BASES)}, or any optimizer that "
+            "transformers knows."
         },
     )
     resweight_learning_rate: float | None = field(
@@ -126,11 +126,10 @@ def _check_optimizer(optim: str, optim_args: str | None) -> str:
         ValueError: The name or the arguments have no meaning.
     """
     optim = getattr(optim, "value", optim)
-    name = parse_name(optim)
-    split_arguments(name, optim_args)
+    base = parse_optimizer(optim, optim_args).name.base
     if optim in list(OptimizerNames):
         return OptimizerNames(optim)
-    if name.base not in [*BASES, *OptimizerNames]:
+    if base not in [*BASES, *OptimizerNames]:
         known = ", ".join([*BASES, *(known.value for known in OptimizerNames)])
         raise ValueError(f"the optimizer {optim!r} came: expected [gc+][lookahead+ or snoo+] and one of {known}.")
     return optim

@@ -16,41 +16,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 from ..files import written_whole
 from ..initialization.gradinit import GradInit, GradInitReport, half_overlap
 from ..initialization.trial import mean_over_processes
-from ..optim.registry import parse_name
+from ..optim.registry import parse_optimizer
 from ..structure.kept import random_numbers_kept
-
-
-_ADAMW = """adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_torch_8bit adamw_torch_4bit
-adamw_anyprecision adamw_8bit adamw_bnb_8bit paged_adamw_8bit paged_adamw_32bit""".split()
-# by the optimizer inside the prefixes: the algorithm of `gradinit_` with its trial step
-ALGORITHMS = dict.fromkeys([*_ADAMW, "radam", "ranger"], "adam") | {
-    "sgd": "sgd_normalized",
-    "lars": "lars",
-    "larc": "lars",
-    "lamb": "lamb",
-    "ranger_lars": "lamb",
-    "muon": "muon",
-}
-
-
-def algorithm_for(optim: str) -> str:
-    """The algorithm of `gradinit_` with the trial step of the optimizer of this name, whatever its prefixes.
-
-    Raises:
-        ValueError: There is none.
-
-    Example:
-        >>> algorithm_for("gc+lookahead+sgd")
-        'sgd_normalized'
-    """
-    base = parse_name(optim).base
-    if base not in ALGORITHMS:
-        raise ValueError(
-            f"the optimizer {base!r} came, and GradInit has no trial step for it, only for {', '.join(ALGORITHMS)}. "
-            f"Take one of these, or choose a step: run gradinit_(model, batches, algorithm=...) and then train "
-            f"without GradInit, or pass GradInitConfig(algorithm=...)."
-        )
-    return ALGORITHMS[base]
 
 
 @dataclass
@@ -60,7 +27,7 @@ class GradInitConfig:
     Attributes:
         num_steps: Steps, each of two forward and backward passes on a batch of `per_device_train_batch_size`.
         eta: Default: the learning rate of the run.
-        algorithm: Default: the kind of step that the optimizer of the run takes, see `algorithm_for`.
+        algorithm: Default: the kind of step that the optimizer of the run takes, see `OptimizerSpec.trial_step`.
         save_steps: After so many steps what was learned is saved, so that an interrupted run goes on from there.
     """
 
@@ -92,7 +59,7 @@ class GradInitConfig:
         """
         derived = {
             "eta": self.eta or args.learning_rate,
-            "algorithm": self.algorithm or algorithm_for(args.optim),
+            "algorithm": self.algorithm or parse_optimizer(args.optim, args.optim_args).trial_step,
             # low precision hides the difference of gradients that are closer together
             "epsilon": 1e-2 if args.bf16 or args.fp16 else 1e-3,
         }

@@ -18,7 +18,7 @@ from ..diagnostics.resweights import resweight_profile, warn_of_blocked_branches
 from ..initialization.gradinit import GradInitReport
 from ..optim import decays, param_groups
 from ..optim.param_groups import resweight_groups
-from ..optim.registry import BASES, FIXED, parse_name, split_arguments, wrap
+from ..optim.registry import parse_optimizer
 from ..optim.schedules import PiecewiseLinear, keep_constant
 from ..publish.card import is_generated, write_model_card
 from ..publish.record import describe_data, listed, record_run
@@ -103,15 +103,15 @@ class ReZeroTrainer(PushingTrainer, PruningTrainer):
         Raises:
             ValueError: The class does not take an argument of `optim_args`.
         """
-        name = parse_name(args.optim)
-        given, _ = split_arguments(name, args.optim_args)
-        if name.base in BASES:
-            cls, kwargs = BASES[name.base], {"lr": args.learning_rate} | FIXED.get(name.base, {})
+        spec = parse_optimizer(args.optim, args.optim_args)
+        given = spec.arguments
+        if spec.base:
+            cls, kwargs = spec.base.make, {"lr": args.learning_rate, **spec.base.fixed}
             accepted = inspect.signature(cls).parameters
             kwargs |= {key: value for key, value in _changed_adam_arguments(args).items() if key in accepted}
         else:
             inside = copy.copy(args)
-            inside.optim = OptimizerNames(name.base)
+            inside.optim = OptimizerNames(spec.name.base)
             inside.optim_args = ",".join(f"{key}={value}" for key, value in given.items() if "," not in str(value))
             cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(inside, model)
             if not cls.__module__.startswith("torch.optim"):
@@ -119,9 +119,9 @@ class ReZeroTrainer(PushingTrainer, PruningTrainer):
             accepted = inspect.signature(cls).parameters
         if given.keys() - accepted:
             raise ValueError(
-                f"optim_args={args.optim_args!r} came: expected, for {name.base}, any of {', '.join(accepted)}."
+                f"optim_args={args.optim_args!r} came: expected, for {spec.name.base}, any of {', '.join(accepted)}."
             )
-        return cls, kwargs | given
+        return cls, {**kwargs, **given}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer that the arguments name, on the groups of `param_groups`."""
@@ -156,13 +156,13 @@ class ReZeroTrainer(PushingTrainer, PruningTrainer):
         return self.lr_scheduler
 
     def _wrap_optimizer(self) -> None:
-        name = parse_name(self.args.optim)
-        if self.is_deepspeed_enabled and (name.centralize or name.base in BASES and name.base != "radam"):
+        spec = parse_optimizer(self.args.optim, self.args.optim_args)
+        if self.is_deepspeed_enabled and (spec.name.centralize or spec.base and not spec.base.by_element):
             raise ValueError(
                 f"optim={self.args.optim} needs whole weight matrices, and DeepSpeed ZeRO flattens them. Use FSDP2, or "
                 f"radam or lookahead+adamw_torch_fused, which act by element."
             )
-        wrap(self.optimizer, name, split_arguments(name, self.args.optim_args)[1])
+        spec.wrap(self.optimizer)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, after a look at the checkpoint to resume from; `True` means the last complete one.

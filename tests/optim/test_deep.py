@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, param_groups
-from hf_rezero.optim.registry import BASES, FIXED, parse_name, split_arguments, wrap
+from hf_rezero.optim.registry import parse_optimizer
 
 
 TEXT = b"the quick brown fox jumps over the lazy dog and runs. "
@@ -26,11 +26,10 @@ NAMES = {
 
 def build(name, model):
     lr, resweight_lr, text = NAMES[name]
-    parsed = parse_name(name)
-    inner, around = split_arguments(parsed, text)
-    cls = BASES.get(parsed.base) or TORCH[parsed.base]
+    spec = parse_optimizer(name, text)
+    cls, fixed = (spec.base.make, spec.base.fixed) if spec.base else (TORCH[spec.name.base], {})
     groups = param_groups(model, weight_decay=0.01, resweight_learning_rate=resweight_lr)
-    return wrap(cls(groups, lr=lr, **inner, **FIXED.get(parsed.base, {})), parsed, around)
+    return spec.wrap(cls(groups, lr=lr, **spec.arguments, **fixed))
 
 
 @pytest.mark.parametrize("name", NAMES)

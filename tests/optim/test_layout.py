@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_rezero.optim.registry import BASES, FIXED, parse_name, wrap
+from hf_rezero.optim.registry import BASES, parse_optimizer
 
 
 SHAPES = [(4, 3), (5, 2, 3, 3), (7,), (1,)]
@@ -29,8 +29,8 @@ NAMES = [*BASES, "gc+lookahead+radam", "gc+lars", "snoo+muon", "lookahead+lamb"]
 
 
 def build(name, params):
-    parsed = parse_name(name)
-    return wrap(BASES[parsed.base](params, lr=0.03, weight_decay=0.1, **FIXED.get(parsed.base, {})), parsed, {})
+    spec = parse_optimizer(name)
+    return spec.wrap(spec.base.make(params, lr=0.03, weight_decay=0.1, **spec.base.fixed))
 
 
 def weights(layout):

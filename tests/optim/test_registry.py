@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hf_rezero import LAMB, LARS, Muon, RAdam, Ranger, RangerLARS
-from hf_rezero.optim.registry import BASES, FIXED, OUTER, parse_arguments, parse_name, split_arguments, wrap
+from hf_rezero.optim.registry import BASES, OUTER, parse_arguments, parse_name, parse_optimizer, split_arguments, wrap
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_wrong_value_of_the_text_is_refused_where_it_is_used():
 
 
 def test_bases():
-    assert BASES == {
+    assert {name: base.make for name, base in BASES.items()} == {
         "radam": RAdam,
         "ranger": Ranger,
         "lars": LARS,
@@ -128,4 +128,12 @@ def test_bases():
         "lamb": LAMB,
         "muon": Muon,
     }
-    assert FIXED == {"larc": {"clip": True}} and set(OUTER) == {"lookahead", "snoo"}
+    assert {name: base.fixed for name, base in BASES.items() if base.fixed} == {"larc": {"clip": True}}
+    assert set(OUTER) == {"lookahead", "snoo"}
+
+
+def test_a_spec_is_read_once():
+    assert parse_optimizer("gc+lars", "eps=1e-6") is parse_optimizer("gc+lars", "eps=1e-6")
+    assert parse_optimizer("adafactor").base is None
+    with pytest.raises(ValueError, match="'adafactor' came, and GradInit has no trial step for it, only for radam, "):
+        parse_optimizer("adafactor").trial_step  # noqa: B018
