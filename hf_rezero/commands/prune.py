@@ -20,12 +20,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from .. import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
+from .. import PruningConfig, ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
 from ..data.windows import ByteDataset, collate_bytes, evaluation_windows, token_windows
 from ..files import read_json, write_json
 from ..plots import plot_kept, plot_sparsity_curve
@@ -44,6 +45,7 @@ from ..pruning import (
     taylor,
 )
 from ..publish.card import write_model_card
+from ..trainer.flags import read_flags
 from .running import (
     DataArguments,
     ModelArguments,
@@ -251,14 +253,14 @@ def make_trainer(model: PreTrainedModel, args: ReZeroTrainingArguments, data: Da
 
 def prune_at_once(model: PreTrainedModel, data: Data, prune_args: PruneArguments, args) -> PruningReport:
     """Remove the units of the lowest scores, and compare with the model that has them masked."""
-    groups = find_groups(model, targets(args))
+    groups = find_groups(model, wanted(args)["targets"])
     scores = score(model, groups, data, prune_args, args)
     return remove(model, groups, scores, args.prune_target_sparsity, data, prune_args, args)
 
 
-def targets(args: ReZeroTrainingArguments) -> list[str] | None:
-    """The kinds of units to prune."""
-    return None if args.prune_targets is None else [name.strip() for name in args.prune_targets.split(",")]
+def wanted(args: ReZeroTrainingArguments) -> dict[str, Any]:
+    """What `--prune_*` asks for, by the names of `PruningConfig`."""
+    return read_flags(PruningConfig, "prune_", args)
 
 
 def score(model, groups, data: Data, prune_args: PruneArguments, args) -> dict[str, torch.Tensor]:
@@ -302,8 +304,8 @@ def remove(model, groups, scores, sparsity: float, data: Data, prune_args: Prune
         scores,
         sparsity,
         scope=prune_args.score_scope,
-        min_keep=args.prune_min_keep,
-        round_to=args.prune_round_to,
+        min_keep=wanted(args)["min_keep"],
+        round_to=wanted(args)["round_to"],
     )
     batch = next(score_batches(model, data.train, 4, 4))
     masked = masked_logits(model, groups, kept, batch)
@@ -325,7 +327,7 @@ def masked_logits(model, groups, kept: dict[str, torch.Tensor], batch) -> torch.
 
 def draw_curve(model, data: Data, prune_args: PruneArguments, args, sparsities: list[float]) -> None:
     """Prune and evaluate a copy at each sparsity, without training."""
-    groups = find_groups(model, targets(args))
+    groups = find_groups(model, wanted(args)["targets"])
     scores = score(model.to(args.device), groups, data, prune_args, args)
     points = []
     for sparsity in [0.0, *(value for value in sparsities if value)]:

@@ -8,10 +8,17 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..optim.registry import BASES, parse_optimizer
+from .flags import flags_of
+from .gradinit import GradInitConfig
+from .pruning import PruningConfig
 
 
 @dataclass
-class ReZeroTrainingArguments(TrainingArguments):
+class ReZeroTrainingArguments(
+    flags_of(PruningConfig, "prune_", method=None),
+    flags_of(GradInitConfig, "gradinit_", num_steps=0),
+    TrainingArguments,
+):
     """`TrainingArguments` with more optimizers, a learning rate for the residual weights, and defaults that suit them.
 
     `optim` is `[gc+][lookahead+|snoo+]NAME`: any name that transformers knows, or one of `hf_rezero.optim.registry.BASES`.
@@ -24,6 +31,9 @@ class ReZeroTrainingArguments(TrainingArguments):
     the training and factors of `learning_rate`, whatever `lr_scheduler_type` says; `"momentum"` takes points too.
 
     `torch_compile` compiles one layer and reuses it for all, unless ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=false.
+
+    Every field of `GradInitConfig` is an argument `gradinit_*`, of which `gradinit_steps` turns GradInit on, and every
+    field of `PruningConfig` one `prune_*`, of which `prune_method` turns pruning on.
 
     `bpb` as `metric_for_best_model` is better when lower. `ddp_find_unused_parameters` is False, because every
     parameter takes part in every step.
@@ -46,56 +56,6 @@ class ReZeroTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Do not schedule the learning rate of the residual weights, as suits one-cycle schedules."},
     )
-    gradinit_steps: int = field(
-        default=0,
-        metadata={"help": "Learn initial scales of the weights in so many steps before training; 0: do not."},
-    )
-    gradinit_eta: float | None = field(
-        default=None, metadata={"help": "Length of GradInit's trial step; default: --learning_rate."}
-    )
-    gradinit_gamma: float | None = field(
-        default=None, metadata={"help": "Bound of the gradient norm; default: the paper's rule, 0.1 / eta."}
-    )
-    gradinit_scale_lr: float = field(default=1e-2, metadata={"help": "Learning rate of the scales."})
-    gradinit_max_scale: float = field(default=10.0, metadata={"help": "Ceiling of the scales."})
-    gradinit_probe_resweight: float | None = field(
-        default=None, metadata={"help": "Value of the residual weights during GradInit; they are restored."}
-    )
-    prune_method: str | None = field(
-        default=None, metadata={"help": "l1 or l0: learn masks during training and remove what they close."}
-    )
-    prune_targets: str | None = field(
-        default=None,
-        metadata={
-            "help": "Any of heads, neurons, channels, layers, sublayers, width; default: what the model has of the first "
-            "three."
-        },
-    )
-    prune_target_sparsity: float | None = field(
-        default=None, metadata={"help": "Fraction of the prunable parameters that shall go."}
-    )
-    prune_lambda: float | None = field(default=None, metadata={"help": "Fixed factor of the penalty, without target."})
-    prune_start_step: int = field(default=0, metadata={"help": "Train so many steps before the masks come."})
-    prune_warmup_steps: int | None = field(
-        default=None,
-        metadata={"help": "Steps in which the penalty rises; default: half of those with masks if there is a target."},
-    )
-    prune_end_step: int | None = field(
-        default=None,
-        metadata={"help": "Remove the closed units after so many steps; default: half-way from start to end."},
-    )
-    prune_mask_learning_rate: float | None = field(
-        default=None, metadata={"help": "Constant learning rate of the masks; default: 0.01 for l1, 0.05 for l0."}
-    )
-    prune_beta: float | None = field(default=None, metadata={"help": "Temperature of the L0 gates; default: 2/3."})
-    prune_beta_end: float | None = field(
-        default=None, metadata={"help": "Temperature that the L0 gates reach at the end; default: that of the start."}
-    )
-    prune_capture: float | None = field(
-        default=None, metadata={"help": "An L1 mask below this stays 0 for ever; default: 0.02."}
-    )
-    prune_min_keep: int = field(default=1, metadata={"help": "Units that stay in every group."})
-    prune_round_to: int = field(default=1, metadata={"help": "Kept units of every group are a multiple of this."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Look for parameters without gradient in every distributed step."}
     )

@@ -18,38 +18,39 @@ from ..initialization.gradinit import GradInit, GradInitReport, half_overlap
 from ..initialization.trial import mean_over_processes
 from ..optim.registry import parse_optimizer
 from ..structure.kept import random_numbers_kept
+from .flags import option, read_flags
 
 
 @dataclass
 class GradInitConfig:
     """How `ReZeroTrainer` runs GradInit before training; `gradinit_` explains the arguments.
 
-    Attributes:
-        num_steps: Steps, each of two forward and backward passes on a batch of `per_device_train_batch_size`.
-        eta: Default: the learning rate of the run.
-        algorithm: Default: the kind of step that the optimizer of the run takes, see `OptimizerSpec.trial_step`.
-        save_steps: After so many steps what was learned is saved, so that an interrupted run goes on from there.
+    A step is two forward and backward passes on a batch of `per_device_train_batch_size`. The algorithm is by default
+    the one with the trial step of the run's optimizer, see `OptimizerSpec.trial_step`.
     """
 
-    num_steps: int
-    eta: float | None = None
-    algorithm: str | None = None
-    gamma: float | None = None
-    scale_lr: float = 1e-2
-    min_scale: float = 0.01
-    max_scale: float = 10.0
-    scale_clip: float = 1.0
-    second_order: str = "finite_difference"
-    probe_resweight: float | None = None
-    save_steps: int = 50
+    num_steps: int = option(help="Learn initial scales of the weights in so many steps before training.", flag="steps")
+    eta: float | None = option(None, help="Length of GradInit's trial step; default: --learning_rate.")
+    algorithm: str | None = option(None, help="Kind of the trial step; default: that of --optim.")
+    gamma: float | None = option(None, help="Bound of the gradient norm; default: the paper's rule, 0.1 / eta.")
+    scale_lr: float = option(1e-2, help="Learning rate of the scales.")
+    min_scale: float = option(0.01, help="Floor of the scales.")
+    max_scale: float = option(10.0, help="Ceiling of the scales.")
+    scale_clip: float = option(1.0, help="Bound of the gradient of each scale.")
+    second_order: str = option(
+        "finite_difference", help="finite_difference, or exact for a second backward pass through the first."
+    )
+    probe_resweight: float | None = option(
+        None, help="Value of the residual weights during GradInit; they are restored."
+    )
+    save_steps: int = option(50, help="Save what was learned after so many steps, so that an interrupted run goes on.")
 
     @classmethod
     def from_arguments(cls, args: TrainingArguments) -> "GradInitConfig | None":
         """The config that `--gradinit_*` asks for; None without `--gradinit_steps`."""
         if not args.gradinit_steps:
             return None
-        given = {f.name: getattr(args, f"gradinit_{f.name}", None) for f in fields(cls)}
-        return cls(args.gradinit_steps, **{name: value for name, value in given.items() if value is not None})
+        return cls(**read_flags(cls, "gradinit_", args))
 
     def options(self, args: TrainingArguments) -> dict:
         """The arguments of `GradInit` in a run with these arguments.

@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from ..pruning.rules import UNITS, find_groups, search
 from ..pruning.select import select
 from ..pruning.storage import read_provenance, replay_
 from ..pruning.surgery import remove_pruned_
+from .flags import names, number_or_by_name, numbers_by_name, option, read_flags
 
 
 logger = logging.get_logger(__name__)
@@ -46,47 +47,60 @@ class PruningConfig:
     """When and how `ReZeroTrainer` prunes; `attach_masks` and the mask layers explain what is not explained here.
 
     The units are removed at `end_step`; the steps after it fine-tune the smaller model, and there should be many.
-
-    Attributes:
-        method: "l1" or "l0".
-        targets: What to prune, see `find_groups`; default: what the model has of heads, neurons and channels.
-        target_sparsity: Fraction of the prunable parameters that shall go.
-        lambda_: Fixed factor of the penalty, where there is no target.
-        start_step: The masks come after so many steps; residual weights must have moved from 0 by then.
-        end_step: The masks go after so many steps; default: half of the steps that are left at `start_step`.
-        warmup_steps: Default: half of the steps with masks if there is a target, else 0.
-        mask_learning_rate: Of Adam, which trains the masks at a constant rate; default: 0.01 for l1, 0.05 for l0.
-        beta_end: The temperature of L0 falls from `beta` to this value, linearly from `start_step` to `end_step`.
-        cost: "units" charges every unit alike, "params" its parameters; or costs by module as `attach_masks` takes.
-        round_to: Kept units of each group are a multiple of this, or by kind.
+    Residual weights must have moved from 0 when the masks come. `min_keep` and `round_to` may differ by kind, and `cost`
+    may be costs by module as `attach_masks` takes them.
     """
 
-    method: str = "l1"
-    targets: tuple[str, ...] | None = None
-    target_sparsity: float | None = None
-    lambda_: float | None = None
-    start_step: int = 0
-    end_step: int | None = None
-    warmup_steps: int | None = None
-    mask_learning_rate: float | None = None
-    beta: float = 2 / 3
-    beta_end: float | None = None
-    log_alpha: float = 2.5
-    penalty: str = "sigmoid"
-    estimator: str = "paper"
-    per_example: bool = False
-    capture: float = 0.02
-    min_keep: int | Mapping[str, int] = 1
-    round_to: int | Mapping[str, int] = 1
-    sphere: bool = False
-    alternate_steps: int = 0
-    hold_resweight: bool = True
-    branch_lambda: Mapping[str, float] | None = None
-    cost: str | Mapping[str, float] = "units"
+    method: str = option("l1", help="l1 or l0: learn masks during training and remove what they close.")
+    targets: tuple[str, ...] | None = option(
+        None,
+        help="Any of heads, neurons, channels, layers, sublayers, width; default: what the model has of the first three.",
+        read=names,
+    )
+    target_sparsity: float | None = option(None, help="Fraction of the prunable parameters that shall go.")
+    lambda_: float | None = option(None, help="Fixed factor of the penalty, without target.", flag="lambda")
+    start_step: int = option(0, help="Train so many steps before the masks come.")
+    end_step: int | None = option(
+        None, help="Remove the closed units after so many steps; default: half-way from start to end."
+    )
+    warmup_steps: int | None = option(
+        None, help="Steps in which the penalty rises; default: half of those with masks if there is a target."
+    )
+    mask_learning_rate: float | None = option(
+        None, help="Constant learning rate of the masks; default: 0.01 for l1, 0.05 for l0."
+    )
+    beta: float = option(2 / 3, help="Temperature of the L0 gates.")
+    beta_end: float | None = option(
+        None, help="Temperature that the L0 gates reach at --prune_end_step; default: that of the start."
+    )
+    log_alpha: float = option(2.5, help="Where the L0 gates start; 2.5 is just open.")
+    penalty: str = option("sigmoid", help="Penalty of the L0 gates: sigmoid, or hard_sigmoid, which pulls earlier.")
+    estimator: str = option("paper", help="L0 gates without noise: paper, or threshold for gates of 0 and 1.")
+    per_example: bool = option(False, help="Draw the L0 gates for each example.")
+    capture: float = option(0.02, help="An L1 mask below this stays 0 for ever.")
+    min_keep: int | Mapping[str, int] = option(
+        1, help="Units that stay in every group, or by kind: heads=1,neurons=8.", read=number_or_by_name
+    )
+    round_to: int | Mapping[str, int] = option(
+        1, help="Kept units of every group are a multiple of this, or by kind.", read=number_or_by_name
+    )
+    sphere: bool = option(False, help="Keep the norms of the weights that read each unit, beside L1 masks.")
+    alternate_steps: int = option(0, help="Train weights and masks in turn, so many steps each; 0: both always.")
+    hold_resweight: bool = option(True, help="Do not train the residual weights while there are masks.")
+    branch_lambda: Mapping[str, float] | None = option(
+        None,
+        help="Factors of the penalty by kind or by pattern of names: heads=2,*.layers.0.*=0.",
+        read=numbers_by_name,
+    )
+    cost: str | Mapping[str, float] = option(
+        "units", help="units charges every unit alike, params its parameters.", read=str
+    )
 
     def __post_init__(self):
         if self.method not in LAYER_OPTIONS:
             raise ValueError(f"method={self.method!r} came: expected 'l1' or 'l0'.")
+        if isinstance(self.cost, str) and self.cost not in ("units", "params"):
+            raise ValueError(f"cost={self.cost!r} came: expected 'units', 'params', or costs by module.")
         if self.target_sparsity is None and self.lambda_ is None:
             raise ValueError("neither target_sparsity nor lambda_ came: how much shall be pruned?")
         if self.mask_learning_rate is None:
@@ -100,12 +114,7 @@ class PruningConfig:
     @classmethod
     def from_arguments(cls, args: TrainingArguments) -> "PruningConfig | None":
         """The config that `--prune_*` asks for; None without `--prune_method`."""
-        if getattr(args, "prune_method", None) is None:
-            return None
-        given = {f.name: getattr(args, f"prune_{f.name.rstrip('_')}", None) for f in fields(cls)}
-        if given["targets"] is not None:
-            given["targets"] = tuple(target.strip() for target in given["targets"].split(","))
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        return None if args.prune_method is None else cls(**read_flags(cls, "prune_", args))
 
     def targets_in(self, model: nn.Module) -> list[str]:
         """The targets, or by default what the model has of heads, neurons and channels."""

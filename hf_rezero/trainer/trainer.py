@@ -87,6 +87,11 @@ class ReZeroTrainer(PushingTrainer, PruningTrainer):
         self._nll, self._predicted = 0.0, 0
         self.evaluated = {}  # the data behind each prefix of metrics
         self.gradinit, self.gradinit_report = gradinit or GradInitConfig.from_arguments(self.args), None
+        is_by_caller = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        if self.gradinit is not None and self.gradinit.algorithm is None and is_by_caller:
+            raise ValueError(
+                "got an optimizer, whose trial step GradInit cannot know: name it, GradInitConfig(algorithm=...)."
+            )
         if self.label_smoother is not None and self._is_causal_lm:
             self.label_smoother = partial(self.label_smoother, shift_labels=True)
         self.add_callback(_TellEpoch)

@@ -224,3 +224,13 @@ def test_two_processes_learn_the_scales_of_one(tmp_path):
     final = [load_file(tmp_path / n / "model.safetensors") for n in "12"]
     for name in final[0]:
         torch.testing.assert_close(final[0][name], final[1][name], rtol=1e-2, atol=1e-3)
+
+
+def test_the_trial_step_of_an_optimizer_of_the_caller_must_be_named(make_model, arguments):
+    model = make_model()
+    optimizers = (torch.optim.SGD(model.parameters(), lr=0.1), None)
+    with pytest.raises(ValueError, match="got an optimizer, whose trial step GradInit cannot know"):
+        make_trainer(model, arguments(gradinit_steps=2), optimizers=optimizers)
+    trainer = make_trainer(model, arguments(), optimizers=optimizers, gradinit=GradInitConfig(2, algorithm="sgd"))
+    trainer.train()
+    assert trainer.gradinit_report.algorithm == "sgd"
