@@ -1,18 +1,10 @@
 """Result files -> the figures of the README, without any training."""
 
-import convergence
-import deep_without_warmup
-import depth
-import enwik8_prefix
-import fully_connected
-import gradinit_images
-import gradinit_post_norm
-import growing
-import jacobian
-import optimizers
-import pruning_curve
-import resnets
-from record import FIGURES, RESULTS, read_json
+from common.record import FIGURES, RESULTS, read_json
+from gradinit import gradinit_images, gradinit_post_norm
+from optim import optimizers
+from pruning import pruning_curve
+from rezero import convergence, deep_without_warmup, depth, enwik8_prefix, fully_connected, growing, jacobian, resnets
 
 
 # figure -> its result file, and what draws it

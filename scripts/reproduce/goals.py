@@ -1,7 +1,7 @@
 """The table of the goals that were set for speed and quality: what was measured, and why it was missed where it was."""
 
-from curves import mean_steps_to
-from record import RESULTS, read_json
+from common.curves import mean_steps_to
+from common.record import RESULTS, read_json
 
 
 # the lead of the recipe in bits per byte over the better one of these

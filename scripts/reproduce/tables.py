@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from statistics import fmean, median
 
-from curves import STRIDE, mean_steps_to, runs_of
+from common.curves import STRIDE, mean_steps_to, runs_of
+from common.record import RESULTS, read_json
 from goals import goals
-from record import RESULTS, read_json
 
 
 README = Path(__file__).parent.parent.parent / "README.md"

@@ -3,11 +3,11 @@
 import json
 import sys
 
-import gradinit_images
-import gradinit_post_norm
 import numpy as np
 import pytest
 import torch
+
+from gradinit import gradinit_images, gradinit_post_norm
 
 
 def start(monkeypatch, module, **values):

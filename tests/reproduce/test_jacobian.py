@@ -4,11 +4,12 @@ import copy
 import json
 import sys
 
-import jacobian
 import numpy as np
 import pytest
 import torch
 from support.launch import SCRIPTS
+
+from rezero import jacobian
 
 
 @pytest.fixture(scope="module")

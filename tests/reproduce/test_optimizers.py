@@ -5,9 +5,10 @@ import math
 import sys
 
 import numpy as np
-import optimizers
 import pytest
 import torch
+
+from optim import optimizers
 
 
 @pytest.fixture

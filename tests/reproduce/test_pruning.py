@@ -4,11 +4,12 @@ import json
 import sys
 
 import numpy as np
-import pruning_curve
 import pytest
-import tables
 import torch
-from pruning_curve import Images, Text
+
+import tables
+from pruning import pruning_curve
+from pruning.pruning_curve import Images, Text
 
 
 SCRATCH = ("unpruned from scratch", "L1 from scratch", "first k from scratch")

@@ -3,16 +3,12 @@
 import json
 import sys
 
-import depth_cost
-import fold_speed
-import fully_connected
-import growing
-import norm_variants
 import numpy as np
 import pytest
-import resnets
-import superconvergence
 import torch
+
+from rezero import fully_connected, growing, norm_variants, resnets, superconvergence
+from speed import depth_cost, fold_speed
 
 
 @pytest.fixture(scope="module")

@@ -6,19 +6,13 @@ import math
 import sys
 from pathlib import Path
 
-import byte_lm
-import convergence
-import curves
-import depth
-import import_time
-import model_speed
-import norm_gap
 import numpy as np
 import pytest
-import recipe
-import training_profile
 
+from common import byte_lm, curves
 from hf_rezero import ReZeroTrainer
+from rezero import convergence, depth, norm_gap, recipe
+from speed import import_time, model_speed, training_profile
 
 
 @pytest.fixture

@@ -1,0 +1,93 @@
+"""Table 2 of the paper: steps and seconds of 12-layer byte models to a stated loss, by residual rule and norm.
+
+    python scripts/reproduce/run.py convergence --train_file enwik8_prefix.xz
+    python scripts/reproduce/run.py convergence --train_file enwik8.zip --hidden_size 512 --num_attention_heads 2 --block_size 512 \
+        --batch_size 64 --steps 20000 --targets 1.5 1.3 1.2 --bf16 --compile --checkpoint_steps 1000 --output enwik8_12l.json
+
+The second line is the paper's model, for a GPU. All arms see the same batches; each goes to its best learning rate, down a
+ladder on seed 0, then runs the other seeds (Bachlechner et al. 2020, section 5). A loss is the mean of 50 training steps, in
+bits per byte; at the default sizes no text is seen twice. Seconds are steps times the median of step times that were taken in turn.
+"""
+
+import argparse
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from common.byte_lm import PLAIN, adamw, add_arguments, build_model, run_grid, step_seconds, train
+from common.curves import mean_curve, runs_of, steps_to
+from common.record import FIGURES, RESULTS, write_json
+from hf_rezero.plots import save_figure
+
+
+WARMUP = 0.1
+# config and share of warmup; c is 1/sqrt(2L), as in the initialisation of GPT-2
+ARMS = {
+    "ReZero, w = 0": ({}, 0),
+    "ReZero, w = 1/sqrt(2L)": ({"resweight_init": "1/sqrt(2L)"}, 0),
+    "ReZero, w = 1": ({"resweight_init": 1.0}, 0),
+    "pre-norm, x + F(N(x))": ({"norm_position": "pre", **PLAIN}, 0),
+    "pre-norm + warmup": ({"norm_position": "pre", **PLAIN}, WARMUP),
+    "pre-norm, x + cF(N(x)), + warmup": (
+        {"norm_position": "pre", "resweight_init": "1/sqrt(2L)", "resweight_trainable": False},
+        WARMUP,
+    ),
+    "branch norm, x + N(F(x))": ({"norm_position": "branch", **PLAIN}, 0),
+    "post-norm, N(x + F(x))": ({"norm_position": "post", **PLAIN}, 0),
+    "post-norm + warmup": ({"norm_position": "post", **PLAIN}, WARMUP),
+    "DyT, x + F(D(x))": ({"norm_position": "pre", "norm_type": "dyt", **PLAIN}, 0),
+    "GPT-2 + warmup": ({"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, WARMUP),
+    "Llama + warmup": ({"model_type": "llama", "intermediate_size": "8/3 D"}, WARMUP),
+}
+LADDER = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+START = 3e-3
+
+
+def config_of(arm: str, layers: int, args: argparse.Namespace) -> dict:
+    """The config of an arm with the values that depend on its size."""
+    values = {"1/sqrt(2L)": (2 * layers) ** -0.5, "8/3 D": 8 * args.hidden_size // 3}
+    return {name: values.get(value, value) for name, value in ARMS[arm][0].items()}
+
+
+def draw(results: dict, path: Path) -> None:
+    """Training loss by step, one line for each arm: the mean of its seeds."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for place, arm in enumerate(results["best"]):
+        if curve := mean_curve(results, arm):
+            axes.plot(*curve, f"C{place % 10}", linestyle="-" if place < 10 else "--", label=arm)
+    axes.set(xlabel="step", ylabel="training bits per byte, mean of 50 steps", ylim=(None, 5.2))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def main() -> None:
+    """Run the comparison, write the result file and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, layers=12, steps=1000, seeds=3)
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=LADDER)
+    parser.add_argument("--targets", nargs="+", type=float, default=[4.0, 3.5, 3.0])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--rounds", type=int, default=21, help="of step times; 0 leaves them as they are in the file")
+    parser.add_argument("--output", type=Path, default=RESULTS / "convergence.json")
+    parser.add_argument("--figure", type=Path, default=FIGURES / "convergence.png")
+    args = parser.parse_args()
+    arms = {
+        arm: lambda rate, seed, arm=arm: train(
+            config_of(arm, args.layers, args), [(args.layers, args.steps)], rate, seed, args, ARMS[arm][1]
+        )
+        for arm in args.arms
+    }
+    results = run_grid(arms, args.learning_rates, args, lambda arm, best: START)
+    if args.rounds:
+        made = {arm: build_model(config_of(arm, args.layers, args), args.layers, args) for arm in args.arms}
+        made = {arm: (model, adamw(model, rate=1e-5)) for arm, model in made.items()}
+        results["step_seconds"] = step_seconds(made, args, args.rounds)
+    write_json(args.output, results)
+    draw(results, args.figure)
+    for arm in args.arms:
+        steps = [[steps_to(run["curve"], target) for run in runs_of(results, arm)] for target in args.targets]
+        print(
+            f"{arm:26s} lr {results['best'][arm]['learning_rate']:g}, test {results['best'][arm]['mean']}, steps {steps}"
+        )
