@@ -213,7 +213,7 @@ def cut_validation(parts: dict[str, Part], share: float) -> dict[str, Part]:
     if "validation" in parts or "train" not in parts:
         return parts
     if not 0 <= share < 1:
-        raise ValueError(f"train_val_split={share} came: expected a share of 0 ... 1 of the training images.")
+        raise ValueError(f"got train_val_split={share}: expected a share of 0 ... 1 of the training images.")
     if share == 0:
         return {**parts, "validation": parts["test"]} if "test" in parts else parts
     train = parts["train"]
@@ -329,7 +329,7 @@ def image_size(args: DataArguments, model: PreTrainedModel, parts: dict[str, Par
     height, width, _ = first_shape(images, args.image_column_name)
     if isinstance(images, np.ndarray):
         if args.image_size not in (None, height) or args.image_size not in (None, width):
-            raise ValueError(f"--image_size {args.image_size} came for arrays of {height} x {width}: leave it out.")
+            raise ValueError(f"got --image_size {args.image_size} for arrays of {height} x {width}: leave it out.")
         return height, width
     if args.image_size:
         return args.image_size, args.image_size

@@ -89,7 +89,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("examples", "length", "max_size", "batches", "batch_size", "block_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            parser.error(f"--{name} {value} came: expected at least 1.")
+            parser.error(f"got --{name} {value}: expected at least 1.")
     return args
 
 
@@ -129,7 +129,7 @@ def text_data(model, args: argparse.Namespace) -> tuple[dict, list[dict], dict]:
     block = min(args.block_size, limit)
     if length > limit:
         raise ValueError(
-            f"--length {length} came: the text has {len(ids)} tokens, and the model reads {limit} of them."
+            f"got --length {length}: the text has {len(ids)} tokens, and the model reads {limit} of them."
         )
     example = {"input_ids": windows(ids, args.examples, length).to(args.device)}
     blocks = windows(ids, args.batches * args.batch_size, block)
@@ -196,7 +196,7 @@ def label(architecture: str, ids: torch.Tensor, mask: int | None, config) -> tup
 def image_data(model, args: argparse.Namespace) -> tuple[dict, list[dict], dict]:
     """As `text_data`, from pictures of a file or of noise."""
     if args.text is not None:
-        raise ValueError(f"--text came for a {type(model).__name__}: pass pictures as --train_file, or nothing.")
+        raise ValueError(f"got --text for a {type(model).__name__}: pass pictures as --train_file, or nothing.")
     count = max(args.examples, args.batches * args.batch_size)
     if args.train_file is None:
         size = getattr(model.config, "image_size", None) or 32

@@ -159,7 +159,7 @@ def check_arguments(model_args: ModelArguments, prune_args: PruneArguments, args
         raise ValueError("there is nothing to prune: name a checkpoint with --model_name_or_path.")
     if (prune_args.score is None) == (args.prune_method is None):
         raise ValueError(
-            f"--score {prune_args.score} and --prune_method {args.prune_method} came: expected exactly one, --score "
+            f"got --score {prune_args.score} and --prune_method {args.prune_method}: expected exactly one, --score "
             f"{', '.join(SCORES)} to prune in one shot, or --prune_method l1 or l0 to learn masks."
         )
     for name, value, choices in (
@@ -167,9 +167,9 @@ def check_arguments(model_args: ModelArguments, prune_args: PruneArguments, args
         ("score_scope", prune_args.score_scope, SCOPES),
     ):
         if value not in choices:
-            raise ValueError(f"--{name} {value} came: expected one of {', '.join(choices)}.")
+            raise ValueError(f"got --{name} {value}: expected one of {', '.join(choices)}.")
     if prune_args.score_windows < 1:
-        raise ValueError(f"--score_windows {prune_args.score_windows} came: expected at least 1.")
+        raise ValueError(f"got --score_windows {prune_args.score_windows}: expected at least 1.")
     return check_sparsities(prune_args, args)
 
 
@@ -187,7 +187,7 @@ def check_sparsities(prune_args: PruneArguments, args) -> list[float]:
         sparsities = [-1.0]
     if not all(0 <= value < 1 for value in sparsities):
         raise ValueError(
-            f"--sparsities {prune_args.sparsities} came: expected fractions of at least 0 and below 1, as 0.3,0.5."
+            f"got --sparsities {prune_args.sparsities}: expected fractions of at least 0 and below 1, as 0.3,0.5."
         )
     return sorted(sparsities)
 
@@ -211,7 +211,7 @@ def load_checkpoint(args: ModelArguments, block_size: int) -> PreTrainedModel:
     positions = getattr(model.config, "max_position_embeddings", None)
     has_table = getattr(model.config, "position_embedding_type", "learned") == "learned"
     if has_table and positions is not None and block_size > positions:
-        raise ValueError(f"--block_size {block_size} came: the model reads at most {positions} positions.")
+        raise ValueError(f"got --block_size {block_size}: the model reads at most {positions} positions.")
     return model
 
 

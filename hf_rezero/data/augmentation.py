@@ -66,10 +66,10 @@ class Augmentation:
     def __post_init__(self):
         for name in ("brightness", "contrast", "saturation"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} came: factors of 1 +- 0 ... 1 can be had.")
+                raise ValueError(f"got {name}={getattr(self, name)}: factors of 1 +- 0 ... 1 can be had.")
         if self.crop_padding < 0 or not 0 <= self.rotation <= 180:
             raise ValueError(
-                f"crop_padding={self.crop_padding} and rotation={self.rotation} came: "
+                f"got crop_padding={self.crop_padding} and rotation={self.rotation}: "
                 f"0 or more pixels and 0 ... 180 degrees can be had."
             )
 

@@ -223,10 +223,10 @@ class ImageDataset(Dataset):
         seed: int = 0,
     ):
         if labels is not None and len(labels) != len(pixels):
-            raise ValueError(f"{len(pixels)} images came with {len(labels)} labels: as many are needed.")
+            raise ValueError(f"got {len(pixels)} images with {len(labels)} labels: as many are needed.")
         if {len(mean), len(std)} != {pixels.shape[-1]} or min(std) <= 0:
             raise ValueError(
-                f"mean={list(mean)} and std={list(std)} came for images with {pixels.shape[-1]} channels: "
+                f"got mean={list(mean)} and std={list(std)} for images with {pixels.shape[-1]} channels: "
                 f"one number for each is needed, and no std of 0."
             )
         self.pixels, self.augmentation, self.seed, self._epoch = pixels, augmentation, seed, 0

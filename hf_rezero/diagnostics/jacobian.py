@@ -67,7 +67,7 @@ def jacobian_spectrum(function: Callable, inputs: Tensor | Mapping[str, Tensor],
         (torch.Size([2, 32]), 1.0, 1.0)
     """
     if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size} came: expected at least 1.")
+        raise ValueError(f"got chunk_size={chunk_size}: expected at least 1.")
     return torch.stack([_singular_values(point, chunk_size) for point in _points(function, inputs)])
 
 
@@ -100,7 +100,7 @@ def jacobian_moments(
         [9.0, 0.0]
     """
     if num_samples < 2 or chunk_size < 1:
-        raise ValueError(f"{num_samples=}, {chunk_size=} came: expected at least 2 samples and chunks of at least 1.")
+        raise ValueError(f"got {num_samples=}, {chunk_size=}: expected at least 2 samples and chunks of at least 1.")
     generator = torch.Generator().manual_seed(seed)
     moments = []
     for point in _points(function, inputs):
@@ -137,7 +137,7 @@ def jacobian_bounds(
         (5.0, 0.5)
     """
     if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps} came: expected at least 1.")
+        raise ValueError(f"got num_steps={num_steps}: expected at least 1.")
     generator = torch.Generator().manual_seed(seed)
     bounds = []
     for point in _points(function, inputs):
@@ -239,7 +239,7 @@ def _bind(model: Callable, inputs: Tensor | Mapping[str, Tensor]) -> tuple[Calla
         return lambda x, rows: model(x), inputs.double()
     if not isinstance(inputs, Mapping) or not isinstance(model, nn.Module):
         raise TypeError(
-            f"inputs of type {type(inputs).__name__} came for a {type(model).__name__}: expected a tensor, or a batch "
+            f"got inputs of type {type(inputs).__name__} for a {type(model).__name__}: expected a tensor, or a batch "
             "for a Hugging Face model."
         )
     if "pixel_values" in inputs:

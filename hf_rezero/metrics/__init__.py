@@ -19,5 +19,5 @@ def load(name: str, **kwargs):
     folder = Path(__file__).parent / name
     if not (folder / f"{name}.py").is_file():
         known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/app.py")))
-        raise ValueError(f"the metric {name!r} came: expected one of {known}.")
+        raise ValueError(f"got the metric {name!r}: expected one of {known}.")
     return evaluate.load(str(folder), **kwargs)

@@ -89,6 +89,6 @@ def check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, wei
     """Refuse what no Adam can work with."""
     if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and len(betas) == 2 and all(0 <= b < 1 for b in betas)):
         raise ValueError(
-            f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay} came: expected lr, eps and weight_decay "
+            f"got lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}: expected lr, eps and weight_decay "
             f"of at least 0 and two betas in [0, 1)."
         )

@@ -116,7 +116,7 @@ def refuse_flat_shards(params: Iterable[Tensor], technique: str) -> None:
     for p in params:
         if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False) or hasattr(p, "ds_id"):
             raise ValueError(
-                f"{technique} needs whole weight matrices, but came upon a parameter that FSDP1 or DeepSpeed ZeRO has "
+                f"{technique} needs whole weight matrices, but got a parameter that FSDP1 or DeepSpeed ZeRO has "
                 f"flattened (shape {tuple(p.shape)}), where it would silently do something else. Use FSDP2 "
                 f"(`fully_shard`, `fsdp_version: 2`) or an optimizer that acts by element, such as radam."
             )

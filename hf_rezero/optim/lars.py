@@ -50,8 +50,8 @@ class LARS(WholeMatrices):
     ):
         if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0 and trust_coefficient > 0):
             raise ValueError(
-                f"lr={lr}, momentum={momentum}, weight_decay={weight_decay}, trust_coefficient={trust_coefficient} "
-                f"came: expected lr >= 0, 0 <= momentum < 1, weight_decay >= 0, trust_coefficient > 0."
+                f"got lr={lr}, momentum={momentum}, weight_decay={weight_decay}, trust_coefficient={trust_coefficient}"
+                f": expected lr >= 0, 0 <= momentum < 1, weight_decay >= 0, trust_coefficient > 0."
             )
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(

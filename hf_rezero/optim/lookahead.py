@@ -17,7 +17,7 @@ def lookahead_defaults(k: int, alpha: float, momentum: float = 0.0) -> dict:
     """
     if not (isinstance(k, int) and k >= 1 and 0 < alpha <= 1 and 0 <= momentum < 1):
         raise ValueError(
-            f"k={k}, alpha={alpha}, momentum={momentum} came: expected a whole k >= 1, 0 < alpha <= 1, 0 <= momentum < 1."
+            f"got k={k}, alpha={alpha}, momentum={momentum}: expected a whole k >= 1, 0 < alpha <= 1, 0 <= momentum < 1."
         )
     names = ("k", "alpha", "momentum", "step", "evaluating")
     return {f"lookahead_{name}": value for name, value in zip(names, (k, alpha, momentum, 0, False), strict=True)}

@@ -81,7 +81,7 @@ class Muon(WholeMatrices):
         check_hyperparameters(lr, betas, eps, weight_decay)
         if not 0 <= momentum < 1 or num_iterations < 1:
             raise ValueError(
-                f"momentum={momentum}, num_iterations={num_iterations} came: expected a momentum in [0, 1) and at "
+                f"got momentum={momentum}, num_iterations={num_iterations}: expected a momentum in [0, 1) and at "
                 f"least one iteration."
             )
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused}

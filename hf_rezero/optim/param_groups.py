@@ -61,7 +61,7 @@ def param_groups(
             groups[dims.get(p), p.device_mesh if isinstance(p, DTensor) else None].append(p)
     if resweight_learning_rate is not None and not resweights:
         raise ValueError(
-            f"resweight_learning_rate={resweight_learning_rate} came, but {type(model).__name__} has no trainable "
+            f"got resweight_learning_rate={resweight_learning_rate}, but {type(model).__name__} has no trainable "
             f"`resweight`: leave the argument out."
         )
     own_rate = {} if resweight_learning_rate is None else {"lr": resweight_learning_rate}

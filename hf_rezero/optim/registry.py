@@ -78,10 +78,10 @@ def parse_name(name: str) -> OptimizerName:
     rest = prefixes[centralize:]
     if len(rest) > 1 or rest and rest[0] not in OUTER or not base:
         raise ValueError(
-            f"the optimizer {name!r} came: expected [gc+][lookahead+ or snoo+]NAME, such as gc+lookahead+sgd."
+            f"got the optimizer {name!r}: expected [gc+][lookahead+ or snoo+]NAME, such as gc+lookahead+sgd."
         )
     if base in ("ranger", "ranger_lars") and prefixes:
-        raise ValueError(f"the optimizer {name!r} came, but {base} is Lookahead with centralised gradients already.")
+        raise ValueError(f"got the optimizer {name!r}, but {base} is Lookahead with centralised gradients already.")
     return OptimizerName(centralize, rest[0] if rest else None, base)
 
 
@@ -99,9 +99,7 @@ def parse_arguments(text: str | None) -> dict[str, Any]:
     for item in split_items(text or ""):
         name, separator, value = item.partition("=")
         if not separator or not name.strip().isidentifier():
-            raise ValueError(
-                f"optim_args={text!r} came: expected name=value,name=value, such as betas=(0.9,0.99),k=6."
-            )
+            raise ValueError(f"got optim_args={text!r}: expected name=value,name=value, such as betas=(0.9,0.99),k=6.")
         try:
             arguments[name.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
@@ -137,7 +135,7 @@ def split_arguments(name: OptimizerName, text: str | None) -> tuple[dict[str, An
     around = {key: inner.pop(key) for key in known if key in inner}
     for key in inner:
         if key.startswith(("lookahead_", "gc_")):
-            raise ValueError(f"optim_args={text!r} came with {key}: expected any of {known} around {name.base}.")
+            raise ValueError(f"got optim_args={text!r} with {key}: expected any of {known} around {name.base}.")
     return inner, around
 
 
@@ -185,7 +183,7 @@ class OptimizerSpec:
         if step is None:
             known = [name for name, base in BASES.items() if base.trial_step] + [*TRIAL_STEPS_ELSEWHERE]
             raise ValueError(
-                f"the optimizer {self.name.base!r} came, and GradInit has no trial step for it, only for "
+                f"got the optimizer {self.name.base!r}, and GradInit has no trial step for it, only for "
                 f"{', '.join(known)}. Take one of these, or choose a step: run gradinit_(model, batches, "
                 f"algorithm=...) and then train without GradInit, or pass GradInitConfig(algorithm=...)."
             )

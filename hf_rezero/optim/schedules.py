@@ -51,9 +51,7 @@ class PiecewiseLinear(LambdaLR):
         self.num_training_steps = num_training_steps
         points, self.momentum = _checked(points), None if momentum is None else _checked(momentum)
         if momentum is not None and not all("momentum" in g or "betas" in g for g in optimizer.param_groups):
-            raise ValueError(
-                f"points of momentum came for {type(optimizer).__name__}, which has none: leave them out."
-            )
+            raise ValueError(f"got points of momentum for {type(optimizer).__name__}, which has none: leave them out.")
         if momentum is not None:
             for group in optimizer.param_groups:
                 group.setdefault("initial_momentum", _momentum(group))
@@ -76,7 +74,7 @@ def _checked(points: Points) -> tuple[tuple[float, float], ...]:
         checked = ()
     shares = [share for share, _ in checked]
     if not checked or shares != sorted(set(shares)):
-        raise ValueError(f"points={points!r} came: expected pairs (share, value) of advancing shares of the training.")
+        raise ValueError(f"got points={points!r}: expected pairs (share, value) of advancing shares of the training.")
     return checked
 
 
@@ -119,7 +117,7 @@ def keep_constant(scheduler: LRScheduler, groups: Sequence[int]) -> None:
     """
     if not isinstance(scheduler, LambdaLR):
         raise ValueError(
-            f"a constant learning rate for some parameters came with {type(scheduler).__name__}, which moves all "
+            f"got a constant learning rate for some parameters with {type(scheduler).__name__}, which moves all "
             f"groups together: use another lr_scheduler_type, such as linear."
         )
     for index in groups:

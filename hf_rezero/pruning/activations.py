@@ -32,7 +32,7 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
     Noisy gates change the variances that the statistics have seen; do this when the masks are decided.
 
     Raises:
-        ValueError: No batch came.
+        ValueError: No batch was given.
     """
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
@@ -51,7 +51,7 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
     if not seen and norms:
-        raise ValueError("no batches came: the running statistics of batch norm need at least one.")
+        raise ValueError("got no batches: the running statistics of batch norm need at least one.")
 
 
 @contextmanager

@@ -325,19 +325,19 @@ def _weights(model, groups, branch_lambda: Mapping[str, float], module_costs) ->
 
 def _check_attachable(model, groups, kind: str, sphere: bool, options: Mapping) -> None:
     if kind not in ("l1", "l0"):
-        raise ValueError(f"kind={kind!r} came: expected 'l1' or 'l0'.")
+        raise ValueError(f"got kind={kind!r}: expected 'l1' or 'l0'.")
     if getattr(model, "pruning_masks", None) is not None:
         raise ValueError("the model has masks already: remove what they prune, or take them off with masks.detach_().")
     if not groups:
-        raise ValueError("no groups came: expected those of find_groups(model), or your own.")
+        raise ValueError("got no groups: expected those of find_groups(model), or your own.")
     if len({group.name for group in groups}) < len(groups):
         raise ValueError("two groups have the same name: expected each unit in one group only.")
     if hasattr(model, "_orig_mod"):
-        raise ValueError("a compiled model came: attach the masks to the model inside, and compile after removal.")
+        raise ValueError("got a compiled model: attach the masks to the model inside, and compile after removal.")
     if sphere and (kind != "l1" or any(not group.readers for group in groups)):
-        raise ValueError("sphere=True came: expected L1 masks, and groups of units rather than of layers.")
+        raise ValueError("got sphere=True: expected L1 masks, and groups of units rather than of layers.")
     if options.get("per_example") and any(group.gates for group in groups):
-        raise ValueError("per_example=True came with layers as a target: their residual weights serve a whole batch.")
+        raise ValueError("got per_example=True with layers as a target: their residual weights serve a whole batch.")
     zero = [n for n, p in model.named_parameters() if is_resweight(n) and not p.detach().any()]
     if zero:
         raise ValueError(

@@ -16,7 +16,7 @@ class Penalty(nn.Module):
     def __init__(self, lambda_: float, warmup_steps: int = 0, target_sparsity: float | None = None):
         super().__init__()
         if target_sparsity is not None and not 0 < target_sparsity < 1:
-            raise ValueError(f"target_sparsity={target_sparsity} came: expected a fraction between 0 and 1.")
+            raise ValueError(f"got target_sparsity={target_sparsity}: expected a fraction between 0 and 1.")
         self.warmup_steps, self.target_sparsity = warmup_steps, target_sparsity
         self.register_buffer("lambda_", torch.tensor(float(lambda_)))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))

@@ -56,7 +56,7 @@ def find_groups(model: nn.Module, targets: Sequence[str] | None = None) -> list[
     """
     wanted = UNITS if targets is None else tuple(targets)
     if not wanted or not set(wanted) <= set(TARGETS):
-        raise ValueError(f"targets={wanted} came: expected some of {', '.join(TARGETS)}.")
+        raise ValueError(f"got targets={wanted}: expected some of {', '.join(TARGETS)}.")
     check_plain(model)
     found = search(model, wanted)
     missing = [target for target, groups in found.items() if not groups]

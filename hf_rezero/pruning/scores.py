@@ -92,7 +92,7 @@ def _mean_per_unit(model, groups, batches, statistic: Callable[[torch.Tensor], t
         for batch in batches:
             output_of(model, batch)
     if not counts:
-        raise ValueError("no batches came: expected at least one.")
+        raise ValueError("got no batches: expected at least one.")
     means = {name: (total / counts[name]).float().cpu() for name, total in sums.items()}
     return {group.name: means[group.name].view(group.num_units, -1).mean(1) for group in groups}
 
@@ -115,7 +115,7 @@ def taylor(
         loss_fn: (model, batch) -> loss; default: `model(**batch).loss`.
 
     Raises:
-        ValueError: No batch came, or as `attach_masks`.
+        ValueError: No batch was given, or as `attach_masks`.
     """
     loss_fn = loss_fn or model_loss
     with modes_kept(model):
@@ -128,6 +128,6 @@ def taylor(
         finally:
             masks.detach_()
     if not count:
-        raise ValueError("no batches came: expected at least one.")
+        raise ValueError("got no batches: expected at least one.")
     by_group = masks.split(total.cpu() / count)
     return {name: score / score.norm().clamp(min=1e-20) for name, score in by_group.items()}

@@ -135,9 +135,9 @@ def select(
         ValueError: The sparsity cannot be reached, or `min_keep` is more than a group has.
     """
     if scope not in ("group", "global"):
-        raise ValueError(f"scope={scope!r} came: expected 'group' or 'global'.")
+        raise ValueError(f"got scope={scope!r}: expected 'group' or 'global'.")
     if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity={sparsity} came: expected a fraction of at least 0 and below 1.")
+        raise ValueError(f"got sparsity={sparsity}: expected a fraction of at least 0 and below 1.")
     sizes = model if isinstance(model, Sizes) else Sizes(model, groups)
     ranks = _ranks(groups, scores, scope)
 
@@ -152,7 +152,7 @@ def select(
     thresholds.append(math.inf)
     if reached(math.inf) < sparsity:
         raise ValueError(
-            f"sparsity={sparsity} came, but at most {reached(math.inf):.3f} of the prunable parameters can go while "
+            f"got sparsity={sparsity}, but at most {reached(math.inf):.3f} of the prunable parameters can go while "
             f"each group keeps its min_keep units: lower the target or min_keep, or add targets."
         )
     while low < high:
@@ -169,7 +169,7 @@ def of_kind(value: int | Mapping[str, int], group: PruningGroup) -> int:
 def _floor(group: PruningGroup, min_keep: int | Mapping[str, int]) -> int:
     floor = of_kind(min_keep, group)
     if not 0 <= floor <= group.num_units:
-        raise ValueError(f"min_keep={floor} came for {group.name!r}, which has {group.num_units} {group.kind}.")
+        raise ValueError(f"got min_keep={floor} for {group.name!r}, which has {group.num_units} {group.kind}.")
     return floor
 
 
@@ -197,7 +197,7 @@ def _ranks(groups, scores, scope: str) -> dict[str, torch.Tensor]:
         score = scores[group.name].detach().double().cpu()
         if score.shape != (group.num_units,) or not score.isfinite().all():
             raise ValueError(
-                f"the scores of {group.name!r} came with shape {tuple(score.shape)}: expected finite values, one for "
+                f"got the scores of {group.name!r} with shape {tuple(score.shape)}: expected finite values, one for "
                 f"each of {group.num_units} units."
             )
         order = score.argsort(stable=True).argsort() / group.num_units

@@ -356,7 +356,7 @@ def _fold_constants(model, by_name, kept, constants: Mapping[str, torch.Tensor])
         for reader in by_name[name].readers:
             module = model.get_submodule(reader.tensor.rpartition(".")[0])
             if module.bias is None:
-                raise ValueError(f"constants came for {name!r}, but {reader.tensor} has no bias that could hold them.")
+                raise ValueError(f"got constants for {name!r}, but {reader.tensor} has no bias that could hold them.")
             gone = torch.ones(by_name[name].num_units).index_fill_(0, kept[name], 0.0)
             values = (values.cpu() * gone.repeat_interleave(reader.size)).to(module.weight)
             weight = (

@@ -51,14 +51,14 @@ def check_metadata(data: Mapping) -> None:
     """Refuse front matter that the Hub would refuse or misread, without asking it.
 
     Raises:
-        ValueError: Names the field and what came.
+        ValueError: Names the field and what it got.
 
     Example:
         >>> check_metadata({"license": "apache-2.0", "tags": ["rezero"]})
         >>> check_metadata({"license": "Apache"})
         Traceback (most recent call last):
         ...
-        ValueError: license: 'Apache' came, expected a licence of the Hub's list, such as apache-2.0 or other.
+        ValueError: license: got 'Apache', expected a licence of the Hub's list, such as apache-2.0 or other.
     """
     problems = list(_problems(data))
     if problems:
@@ -71,20 +71,20 @@ def check_metadata(data: Mapping) -> None:
 def _problems(data: Mapping) -> Iterable[str]:
     for name in listed(data.get("license")):
         if name not in LICENSES:
-            yield f"license: {name!r} came, expected a licence of the Hub's list, such as apache-2.0 or other."
+            yield f"license: got {name!r}, expected a licence of the Hub's list, such as apache-2.0 or other."
     if data.get("license") == "other" and not {"license_name", "license_link"} <= data.keys():
-        yield "license: 'other' came, expected license_name and license_link beside it."
+        yield "license: got 'other', expected license_name and license_link beside it."
     for code in listed(data.get("language")):
         if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]+)?|code|multilingual", code):
-            yield f"language: {code!r} came, expected an ISO 639 code."
+            yield f"language: got {code!r}, expected an ISO 639 code."
     for field in ("datasets", "base_model"):
         for name in listed(data.get(field)):
             if not re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", name):
-                yield f"{field}: {name!r} came, expected a name on the Hub."
+                yield f"{field}: got {name!r}, expected a name on the Hub."
     if data.get("pipeline_tag") not in (None, *AUTO_CLASSES):
-        yield f"pipeline_tag: {data['pipeline_tag']!r} came, expected one of {', '.join(AUTO_CLASSES)}."
+        yield f"pipeline_tag: got {data['pipeline_tag']!r}, expected one of {', '.join(AUTO_CLASSES)}."
     if not all(isinstance(tag, str) and tag for tag in data.get("tags", [])):
-        yield f"tags: {data['tags']!r} came, expected texts."
+        yield f"tags: got {data['tags']!r}, expected texts."
     yield from _problems_of_index(data.get("model-index"))
 
 
@@ -108,6 +108,6 @@ def _problems_of_index(index) -> Iterable[str]:
 def _problems_of_metric(metric: Mapping) -> Iterable[str]:
     value = metric.get("value")
     if not metric.get("type") or not isinstance(value, (int, float)) or not math.isfinite(value):
-        yield f"model-index: the metric {dict(metric)} came, expected a type and a finite value."
+        yield f"model-index: got the metric {dict(metric)}, expected a type and a finite value."
     if "verified" in metric or "verifyToken" in metric:
-        yield "model-index: verified came, which only the Hub may say."
+        yield "model-index: got verified, which only the Hub may say."

@@ -31,7 +31,7 @@ ADAPTER_CONFIG = "adapter_config.json"  # of PEFT: its folders have no weights b
 TOKEN = re.compile(rb"\b(hf|api_org)_[A-Za-z0-9]{30,}")
 
 ADVICE = {
-    401: "the token is not valid, or none came: run `hf auth login`, or set HF_TOKEN",
+    401: "the token is not valid, or there is none: run `hf auth login`, or set HF_TOKEN",
     403: "the token gives no write access: take one with the role `write`, ask the owner, or propose a pull request",
     404: "it does not exist, or the token does not give access: check the name, and who is logged in: `hf auth whoami`",
     409: "somebody else is changing it: run the same command again",

@@ -65,9 +65,7 @@ def grow_(
     places = _places(len(old), sorted(allowed), num_layers, after)
     barred = sorted(set(places) - set(allowed))
     if barred:
-        raise ValueError(
-            f"after={barred} came: expected layers that keep the shape of their input, {sorted(allowed)}."
-        )
+        raise ValueError(f"got after={barred}: expected layers that keep the shape of their input, {sorted(allowed)}.")
     layers, new = [], []
     for index, layer in enumerate(list(old)):
         layers.append(layer)
@@ -92,7 +90,7 @@ def _find_stack(model: nn.Module, stack: str | None) -> tuple[str, dict[str, tup
     if stack is None and len(found) == 1:
         stack = next(iter(found))
     if stack not in found:
-        raise ValueError(f"stack={stack!r} came: expected one of {', '.join(found)}.")
+        raise ValueError(f"got stack={stack!r}: expected one of {', '.join(found)}.")
     return stack, found[stack]
 
 
@@ -102,11 +100,11 @@ def _places(depth: int, allowed: Sequence[int], num_layers: int | None, after: S
         raise ValueError("give exactly one of `num_layers` and `after`.")
     if after is None:
         if num_layers < 1:
-            raise ValueError(f"num_layers={num_layers} came: expected at least 1.")
+            raise ValueError(f"got num_layers={num_layers}: expected at least 1.")
         return [allowed[i * len(allowed) // num_layers] for i in range(num_layers)]
     wrong = [index for index in after if not 0 <= index < depth]
     if wrong or not after:
-        raise ValueError(f"after={list(after)} came: expected indices from 0 to {depth - 1}.")
+        raise ValueError(f"got after={list(after)}: expected indices from 0 to {depth - 1}.")
     return list(after)
 
 

@@ -51,7 +51,7 @@ def rztx_to_rezero(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif module in back:
             converted[f"layers.{layer}.{back[module]}.{kind}"] = tensor.clone()
         else:
-            raise ValueError(f"layers.{layer}.{name} came: expected the tensors of RZTXEncoderLayer.")
+            raise ValueError(f"got layers.{layer}.{name}: expected the tensors of RZTXEncoderLayer.")
     return converted
 
 

@@ -91,5 +91,5 @@ def _check_optimizer(optim: str, optim_args: str | None) -> str:
         return OptimizerNames(optim)
     if base not in [*BASES, *OptimizerNames]:
         known = ", ".join([*BASES, *(known.value for known in OptimizerNames)])
-        raise ValueError(f"the optimizer {optim!r} came: expected [gc+][lookahead+ or snoo+] and one of {known}.")
+        raise ValueError(f"got the optimizer {optim!r}: expected [gc+][lookahead+ or snoo+] and one of {known}.")
     return optim

@@ -98,16 +98,16 @@ class PruningConfig:
 
     def __post_init__(self):
         if self.method not in LAYER_OPTIONS:
-            raise ValueError(f"method={self.method!r} came: expected 'l1' or 'l0'.")
+            raise ValueError(f"got method={self.method!r}: expected 'l1' or 'l0'.")
         if isinstance(self.cost, str) and self.cost not in ("units", "params"):
-            raise ValueError(f"cost={self.cost!r} came: expected 'units', 'params', or costs by module.")
+            raise ValueError(f"got cost={self.cost!r}: expected 'units', 'params', or costs by module.")
         if self.target_sparsity is None and self.lambda_ is None:
-            raise ValueError("neither target_sparsity nor lambda_ came: how much shall be pruned?")
+            raise ValueError("got neither target_sparsity nor lambda_: how much shall be pruned?")
         if self.mask_learning_rate is None:
             self.mask_learning_rate = LEARNING_RATES[self.method]
         if self.method == "l1" and self.capture <= self.mask_learning_rate:
             raise ValueError(
-                f"capture={self.capture} came with mask_learning_rate={self.mask_learning_rate}: a mask would step over "
+                f"got capture={self.capture} with mask_learning_rate={self.mask_learning_rate}: a mask would step over "
                 f"the interval in which it is caught. Expected a larger capture or a smaller rate."
             )
 
@@ -130,7 +130,7 @@ class PruningConfig:
         end = start + (max_steps - start) // 2 if self.end_step is None else self.end_step
         if not 0 <= start < end <= max_steps:
             raise ValueError(
-                f"start_step={start}, end_step={end} came for a run of {max_steps} steps: expected 0 <= start_step < "
+                f"got start_step={start}, end_step={end} for a run of {max_steps} steps: expected 0 <= start_step < "
                 f"end_step <= max_steps, with many steps left for fine-tuning after end_step."
             )
         default = 0 if self.target_sparsity is None else (end - start) // 2
@@ -427,7 +427,7 @@ class PruningTrainer(Trainer):
         given = [name for name, value in excluded.items() if value]
         if given:
             raise ValueError(
-                f"pruning came with {', '.join(given)}: the shapes of the model change in the middle of the run. "
+                f"got pruning with {', '.join(given)}: the shapes of the model change in the middle of the run. "
                 f"Leave it out, or prune first and train the smaller model with it."
             )
         if args.max_steps > 0:

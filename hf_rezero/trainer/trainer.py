@@ -124,7 +124,7 @@ class ReZeroTrainer(PushingTrainer, PruningTrainer):
             accepted = inspect.signature(cls).parameters
         if given.keys() - accepted:
             raise ValueError(
-                f"optim_args={args.optim_args!r} came: expected, for {spec.name.base}, any of {', '.join(accepted)}."
+                f"got optim_args={args.optim_args!r}: expected, for {spec.name.base}, any of {', '.join(accepted)}."
             )
         return cls, {**kwargs, **given}
 
@@ -250,7 +250,7 @@ class ReZeroTrainer(PushingTrainer, PruningTrainer):
         write_model_card(self.args.output_dir, tags=listed(tags), **options)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model with the `use_cache` it came with."""
+        """Save the model with the `use_cache` that it came with."""
         if self._saved_use_cache is None:
             return super().save_model(output_dir, _internal_call)
         self.model.config.use_cache = self._saved_use_cache

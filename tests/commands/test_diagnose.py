@@ -148,20 +148,20 @@ def test_what_cannot_be_read_is_refused_before_anything_is_written(text, checkpo
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="the text has 1 tokens"):
         run(checkpoint, out, "--text", "a")
-    with pytest.raises(ValueError, match="--length 99 came: the text has 5 tokens"):
+    with pytest.raises(ValueError, match="--length 99: the text has 5 tokens"):
         run(checkpoint, out, "--text", "abcde", "--length", 99)
     with pytest.raises(SystemExit):
         run(checkpoint, out, "--text", "abc", "--train_file", text)
     with pytest.raises(SystemExit):
         run(checkpoint, out, "--examples", 0)
-    assert "--examples 0 came: expected at least 1" in capsys.readouterr().err
+    assert "--examples 0: expected at least 1" in capsys.readouterr().err
     shape = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 5000, "bos_token_id": 0, "eos_token_id": 0}
     GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ValueError, match="no tokenizer, and vocab_size=5000"):
         run(tmp_path / "gpt2", out, "--train_file", text)
     shape = {"embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic", "num_labels": 2}
     ResNetForImageClassification(ResNetConfig(**shape)).save_pretrained(tmp_path / "resnet")
-    with pytest.raises(ValueError, match="--text came for a ResNet"):
+    with pytest.raises(ValueError, match="--text for a ResNet"):
         run(tmp_path / "resnet", out, "--text", "abc")
     np.savez(tmp_path / "few.npz", train_x=np.zeros((3, 8, 8), np.uint8), train_y=np.zeros(3))
     with pytest.raises(ValueError, match="holds 3 pictures, 32 are needed"):

@@ -198,12 +198,12 @@ def test_learned_masks_end_in_a_smaller_checkpoint(text, checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"score": "size"}, "--score size came: expected one of first_k, random"),
-        ({"prune_method": "l1"}, "--score magnitude and --prune_method l1 came: expected exactly one"),
-        ({"score_scope": "layer"}, "--score_scope layer came: expected one of group, global"),
-        ({"score_windows": 0}, "--score_windows 0 came: expected at least 1"),
-        ({"sparsities": "0.3,most"}, "--sparsities 0.3,most came: expected fractions"),
-        ({"sparsities": "1"}, "--sparsities 1 came: expected fractions of at least 0 and below 1"),
+        ({"score": "size"}, "--score size: expected one of first_k, random"),
+        ({"prune_method": "l1"}, "--score magnitude and --prune_method l1: expected exactly one"),
+        ({"score_scope": "layer"}, "--score_scope layer: expected one of group, global"),
+        ({"score_windows": 0}, "--score_windows 0: expected at least 1"),
+        ({"sparsities": "0.3,most"}, "--sparsities 0.3,most: expected fractions"),
+        ({"sparsities": "1"}, "--sparsities 1: expected fractions of at least 0 and below 1"),
         ({"prune_targets": "tails"}, "expected some of heads, neurons"),
         ({"prune_target_sparsity": 0.99}, "at most 0.* of the prunable parameters can go"),
         ({"score": "apoz"}, "apoz found the 4 heads of 'model.layers.0.self_attn' equally often zero"),
@@ -219,7 +219,7 @@ def test_bad_input_gets_one_clear_error(text, checkpoint, tmp_path, extra, messa
 def test_what_is_missing_is_named(text, checkpoint, tmp_path):
     with pytest.raises(ValueError, match="--score needs --prune_target_sparsity, or --sparsities"):
         prune.main(arguments(text, checkpoint, tmp_path / "run", score="magnitude"))
-    with pytest.raises(ValueError, match="--score None and --prune_method None came"):
+    with pytest.raises(ValueError, match="--score None and --prune_method None"):
         prune.main(arguments(text, checkpoint, tmp_path / "run"))
     with pytest.raises(ValueError, match="nothing to prune: name a checkpoint with --model_name_or_path"):
         prune.main(one_shot(text, checkpoint, tmp_path / "run")[2:])
@@ -232,7 +232,7 @@ def test_checkpoints_that_are_no_byte_or_token_language_models_are_refused(text,
     ReZeroForCausalLM(make_config(vocab_size=600)).save_pretrained(tmp_path / "large")
     with pytest.raises(ValueError, match="has no tokenizer, and vocab_size=600 is not that of a byte model"):
         prune.main(one_shot(text, tmp_path / "large", tmp_path / "run"))
-    with pytest.raises(ValueError, match="--block_size 64 came: the model reads at most 32 positions"):
+    with pytest.raises(ValueError, match="--block_size 64: the model reads at most 32 positions"):
         prune.main(one_shot(text, gpt2, tmp_path / "run", block_size=64))
 
 

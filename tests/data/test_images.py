@@ -196,9 +196,9 @@ def test_rotation_turns_the_image_about_its_centre():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"brightness": 1.5}, "brightness=1.5 came: factors of 1"),
-        ({"saturation": -0.1}, "saturation=-0.1 came"),
-        ({"crop_padding": -1}, "crop_padding=-1 and rotation=0.0 came"),
+        ({"brightness": 1.5}, "brightness=1.5: factors of 1"),
+        ({"saturation": -0.1}, "saturation=-0.1"),
+        ({"crop_padding": -1}, "crop_padding=-1 and rotation=0.0"),
         ({"rotation": 200}, "0 or more pixels and 0 ... 180 degrees can be had"),
     ],
 )
@@ -244,8 +244,8 @@ def test_epochs_and_seeds_augment_differently():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"labels": LABELS[:5]}, "12 images came with 5 labels"),
-        ({"mean": [0.5]}, r"mean=\[0.5\] and std=.* came for images with 3 channels"),
+        ({"labels": LABELS[:5]}, "12 images with 5 labels"),
+        ({"mean": [0.5]}, r"mean=\[0.5\] and std=.* for images with 3 channels"),
         ({"std": [0.1, 0.0, 0.1]}, "no std of 0"),
     ],
 )

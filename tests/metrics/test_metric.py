@@ -47,7 +47,7 @@ def test_what_is_no_likelihood_or_no_text_is_refused(metric, nats, text, came):
 
 
 def test_an_unknown_metric_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'bpb' came: expected one of bits_per_byte"):
+    with pytest.raises(ValueError, match="'bpb': expected one of bits_per_byte"):
         metrics.load("bpb")
 
 

@@ -373,7 +373,7 @@ def test_errors_say_what_came_and_what_to_do(make_config, ids):
     with pytest.raises(ValueError, match="reads both sides: build the config with is_causal=False"):
         ReZeroForMaskedLM(make_config())
     model = ReZeroModel(make_config(position_embedding_type="learned", max_position_embeddings=16))
-    with pytest.raises(ValueError, match="20 positions came, but the learned position table has .*=16"):
+    with pytest.raises(ValueError, match="20 positions, but the learned position table has .*=16"):
         model(ids)
     with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
         model(ids, inputs_embeds=torch.zeros(2, 20, 32))

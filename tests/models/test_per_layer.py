@@ -290,9 +290,9 @@ def test_a_zero_for_all_layers_needs_layers_of_their_own():
         ({"per_layer_config": {1: {"hidden_size": 16}}}, "sets hidden_size=16: a layer may have its own num_att"),
         ({"per_layer_config": {1: {"skip": ["norm"]}}}, r"got skip=\['norm'\]: expected a list with some of attent"),
         ({"per_layer_config": {3: NO_ATTENTION}}, r"in the range \[0, 3\); got \[3\]"),
-        ({"intermediate_size": 0}, "intermediate_size=0 came for every layer: give a positive number"),
-        ({"num_attention_heads": 0, "head_dim": 8}, "num_attention_heads=0 came for every layer"),
-        ({"num_key_value_heads": -2, "per_layer_config": {1: NO_ATTENTION}}, "num_key_value_heads=-2 came"),
+        ({"intermediate_size": 0}, "intermediate_size=0 for every layer: give a positive number"),
+        ({"num_attention_heads": 0, "head_dim": 8}, "num_attention_heads=0 for every layer"),
+        ({"num_key_value_heads": -2, "per_layer_config": {1: NO_ATTENTION}}, "num_key_value_heads=-2"),
     ],
 )
 def test_bad_sizes_are_refused_with_what_came_and_what_to_do(make_config, values, message):

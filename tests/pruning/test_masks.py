@@ -334,7 +334,7 @@ def attach(model=None, groups=None, **options):
     ("call", "message"),
     [
         (lambda: attach(kind="l2"), "expected 'l1' or 'l0'"),
-        (lambda: attach(groups=[]), "no groups came"),
+        (lambda: attach(groups=[]), "no groups"),
         (lambda: attach(target_sparsity=1.5), "between 0 and 1"),
         (lambda: attach(kind="l0", sphere=True), "sphere=True"),
         (lambda: attach(rezero()), "residual weights are still 0"),

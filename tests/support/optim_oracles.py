@@ -166,7 +166,7 @@ def compare(optimizer, oracle, when, rtol, atol):
             for name, (a, b) in pairs.items():
                 a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
                 if a.shape != b.shape or not torch.allclose(a, b, rtol, atol):  # as assert_close, but fast
-                    raise AssertionError(f"{name} of {where}: {a} came, the equation gives {b}")
+                    raise AssertionError(f"{name} of {where}: {a}, the equation gives {b}")
 
 
 SHAPES = [(4, 3), (5, 2, 3, 3), (3,), (1,), (3, 6)]

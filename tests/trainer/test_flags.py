@@ -50,7 +50,7 @@ def test_every_field_can_be_given():
 @pytest.mark.parametrize(("words", "message"), [
     (["--prune_min_keep", "heads"], "got 'heads': expected name=number"),
     (["--prune_branch_lambda", "heads=much"], "got 'heads=much': expected name=number"),
-    (["--prune_cost", "flops"], "cost='flops' came: expected 'units', 'params'"),
+    (["--prune_cost", "flops"], "cost='flops': expected 'units', 'params'"),
 ])  # fmt: skip
 def test_a_malformed_argument_is_named(words, message):
     with pytest.raises(ValueError, match=message):

@@ -142,7 +142,7 @@ def test_an_optimizer_without_a_trial_step_is_refused_before_training(make_model
     known = BASES.keys() | TRIAL_STEPS_ELSEWHERE.keys()
     assert TRIAL_STEPS_ELSEWHERE.keys() <= names and all(base.trial_step for base in BASES.values())
     for name in names - known:
-        with pytest.raises(ValueError, match=f"the optimizer '{name}' came, and GradInit has no trial step for it"):
+        with pytest.raises(ValueError, match=f"the optimizer '{name}', and GradInit has no trial step for it"):
             parse_optimizer(f"gc+lookahead+{name}").trial_step  # noqa: B018
     assert {
         "adafactor",

@@ -150,9 +150,9 @@ def test_arguments_survive_json_pickle_replace_and_the_command_line(arguments):
     [
         (
             {"optim": "rangr"},
-            r"'rangr' came: expected \[gc\+\].* radam, ranger, lars, larc, ranger_lars, lamb, muon, adamw_torch",
+            r"'rangr': expected \[gc\+\].* radam, ranger, lars, larc, ranger_lars, lamb, muon, adamw_torch",
         ),
-        ({"optim": "lookahead+gc+sgd"}, "'lookahead\\+gc\\+sgd' came: expected"),
+        ({"optim": "lookahead+gc+sgd"}, "'lookahead\\+gc\\+sgd': expected"),
         ({"optim": "gc+ranger"}, "ranger is Lookahead with centralised gradients already"),
         ({"optim": "sgd", "optim_args": "lookahead_k=3"}, "came with lookahead_k"),
         ({"optim": "ranger", "optim_args": "k"}, "expected name=value"),
@@ -166,7 +166,7 @@ def test_bad_names_and_arguments_are_refused_at_once(arguments, values, message)
 def test_unknown_arguments_of_an_optimizer_are_named(make_config, arguments):
     for optim in ("ranger", "sgd"):
         trainer = make_trainer(ReZeroForCausalLM(make_config()), arguments(optim=optim, optim_args="kk=3"))
-        with pytest.raises(ValueError, match=f"optim_args='kk=3' came: expected, for {optim}, any of params, lr"):
+        with pytest.raises(ValueError, match=f"optim_args='kk=3': expected, for {optim}, any of params, lr"):
             trainer.create_optimizer()
 
 

@@ -293,12 +293,12 @@ def test_arguments_of_the_command_line():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"target_sparsity": None}, "neither target_sparsity nor lambda_ came"),
-        ({"method": "l2"}, "method='l2' came: expected 'l1' or 'l0'"),
-        ({"capture": 0.01}, "capture=0.01 came with mask_learning_rate=0.01: a mask would step over"),
-        ({"end_step": 21}, "start_step=3, end_step=21 came for a run of 20 steps: expected"),
-        ({"start_step": 9}, "start_step=9, end_step=9 came"),
-        ({"target_sparsity": 0.99}, "at start_step=3: sparsity=0.99 came, but at most"),
+        ({"target_sparsity": None}, "neither target_sparsity nor lambda_"),
+        ({"method": "l2"}, "method='l2': expected 'l1' or 'l0'"),
+        ({"capture": 0.01}, "capture=0.01 with mask_learning_rate=0.01: a mask would step over"),
+        ({"end_step": 21}, "start_step=3, end_step=21 for a run of 20 steps: expected"),
+        ({"start_step": 9}, "start_step=9, end_step=9"),
+        ({"target_sparsity": 0.99}, "at start_step=3: got sparsity=0.99, but at most"),
         ({"targets": ("channels",)}, "at start_step=3: no rule finds channels"),
     ],
 )
@@ -317,7 +317,7 @@ def test_configs_without_meaning_are_refused(make_model, arguments, values, mess
 )
 def test_what_cannot_bear_new_shapes_is_refused(make_model, arguments, values):
     args = arguments(max_steps=20, **{"save_strategy": "steps"} | values)
-    with pytest.raises(ValueError, match=f"pruning came with {next(iter(values))}: the shapes of the model change"):
+    with pytest.raises(ValueError, match=f"pruning with {next(iter(values))}: the shapes of the model change"):
         make_trainer(make_model(), args, pruning=pruning())
 
 

@@ -88,7 +88,7 @@ def test_torch_compile_compiles_one_layer_for_all(tmp_path):
 def test_a_learning_rate_for_missing_residual_weights_is_refused(arguments):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=16, n_layer=1, n_head=2))
     trainer = make_trainer(model, arguments(resweight_learning_rate=0.05))
-    with pytest.raises(ValueError, match="resweight_learning_rate=0.05 came, but GPT2LMHeadModel has no trainable"):
+    with pytest.raises(ValueError, match="resweight_learning_rate=0.05, but GPT2LMHeadModel has no trainable"):
         trainer.create_optimizer()
 
 

@@ -15,7 +15,7 @@ def score(text: str, nats: str) -> str:
     try:
         values = [float(value) for value in nats.replace(",", " ").split()]
     except ValueError:
-        return f"{nats!r} came: expected numbers, the negative log likelihood of the text in nats, total or by token."
+        return f"got {nats!r}: expected numbers, the negative log likelihood of the text in nats, total or by token."
     try:
         result = _metric().compute(predictions=[values], references=[text])
     except ValueError as error:

@@ -56,7 +56,7 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
         4.0
     """
     if num_bytes < 1:
-        raise ValueError(f"a text of {num_bytes} bytes came: expected at least one byte.")
+        raise ValueError(f"got a text of {num_bytes} bytes: expected at least one byte.")
     return nats / num_bytes / math.log(2)
 
 
@@ -83,7 +83,7 @@ class BitsPerByte(evaluate.Metric):
         # rounded once, so the order of batches and processes does not matter
         nats = math.fsum(nll for example in predictions for nll in _as_list(example))
         if not nats >= 0:  # nan too
-            raise ValueError(f"nats={nats} came: expected a sum of negative log likelihoods, which is at least 0.")
+            raise ValueError(f"got nats={nats}: expected a sum of negative log likelihoods, which is at least 0.")
         sizes = [len(text.encode()) if isinstance(text, str) else int(text) for text in references]
         return {"bits_per_byte": bits_per_byte(nats, sum(sizes)), "bytes": sum(sizes)}
 

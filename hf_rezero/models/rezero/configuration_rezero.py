@@ -208,7 +208,7 @@ class ReZeroConfig(PreTrainedConfig):
         for name in PER_LAYER_SIZES:
             if getattr(self, name) < (0 if name in dict(overrides) else 1):
                 raise ValueError(
-                    f"{name}={getattr(self, name)} came for every layer: give a positive number, "
+                    f"got {name}={getattr(self, name)} for every layer: give a positive number, "
                     f"and 0 in per_layer_config to the layers that do without."
                 )
 

@@ -662,7 +662,7 @@ class ReZeroModel(ReZeroPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`.")
         if encoder_hidden_states is not None and not self.config.add_cross_attention:
-            raise ValueError("`encoder_hidden_states` came, but this model was built without `add_cross_attention`.")
+            raise ValueError("got `encoder_hidden_states`, but this model was built without `add_cross_attention`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None and self.config.is_causal:
@@ -722,7 +722,7 @@ class ReZeroModel(ReZeroPreTrainedModel):
         # a static cache counts on the device: reading that count would stop a compiled graph
         if is_learned and isinstance(past, int) and past + length > rows:
             raise ValueError(
-                f"{past + length} positions came, but the learned position table has max_position_embeddings={rows}: "
+                f"got {past + length} positions, but the learned position table has max_position_embeddings={rows}: "
                 f"shorten the input, or train with a larger table or with position_embedding_type='rotary'."
             )
 

@@ -82,7 +82,7 @@ class ReZeroMLPConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
         for name in ("image_size", "num_channels", "num_hidden_layers", "hidden_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} came: give a positive number.")
+                raise ValueError(f"got {name}={getattr(self, name)}: give a positive number.")
 
 
 __all__ = ["ReZeroMLPConfig"]

@@ -137,7 +137,7 @@ class ReZeroMLPModel(ReZeroMLPPreTrainedModel):
         config = self.config
         if pixel_values.shape[1:] != (config.num_channels, config.image_size, config.image_size):
             raise ValueError(
-                f"pixel_values of shape {tuple(pixel_values.shape)} came: expected (batch, {config.num_channels}, "
+                f"got pixel_values of shape {tuple(pixel_values.shape)}: expected (batch, {config.num_channels}, "
                 f"{config.image_size}, {config.image_size}); resize the pictures or set image_size."
             )
         hidden_states, depth = self.embed(pixel_values.flatten(1)), len(self.layers)

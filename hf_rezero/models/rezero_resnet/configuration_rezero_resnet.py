@@ -113,7 +113,7 @@ class ReZeroResNetConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
         if len(self.hidden_sizes) != len(self.depths) or min(*self.depths, *self.hidden_sizes, 1) < 1:
             raise ValueError(
-                f"hidden_sizes={self.hidden_sizes} and depths={self.depths} came: give each stage a number of "
+                f"got hidden_sizes={self.hidden_sizes} and depths={self.depths}: give each stage a number of "
                 f"channels and one of blocks, both at least 1."
             )
         if self.zero_init_residual and (self.resweight_init == 0 or self.norm_type == "none"):
@@ -131,7 +131,7 @@ class ReZeroResNetConfig(PreTrainedConfig):
         inner = CONVOLUTIONS[self.layer_type] - 1
         if counts != self.depths or any(len(block) != inner or min(block) < 1 for block in sizes):
             raise ValueError(
-                f"inner_sizes={self.inner_sizes} came: expected for each of depths={self.depths} blocks the channels "
+                f"got inner_sizes={self.inner_sizes}: expected for each of depths={self.depths} blocks the channels "
                 f"between its convolutions, {inner} positive number{'s' * (inner > 1)}."
             )
 

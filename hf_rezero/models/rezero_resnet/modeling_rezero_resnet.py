@@ -241,7 +241,7 @@ class ReZeroResNetModel(ReZeroResNetPreTrainedModel):
         refuse_unknown(self, kwargs)
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
-                f"pixel_values of shape {tuple(pixel_values.shape)} came: expected (batch, {self.config.num_channels}, "
+                f"got pixel_values of shape {tuple(pixel_values.shape)}: expected (batch, {self.config.num_channels}, "
                 f"height, width), channels first."
             )
         hidden_states = self.pool(self.activation(self.bn1(self.conv1(pixel_values))))
