@@ -1,9 +1,12 @@
 """Factors that learn which units to keep: L1 mask layers and L0 hard-concrete gates."""
 
+import inspect
 import math
 
 import torch
 from torch import nn
+
+from .penalty import Lagrangian, LambdaController, Penalty
 
 
 STRETCH = -0.1, 1.1
@@ -16,10 +19,21 @@ class MaskLayer(nn.Module):
     Attributes:
         kind: The name in `attach_masks`.
         catches: Whether `catch` closes units for good, so that it must wait where a target is met without them.
+        is_scale: Whether the factors are weights like others, which the weights that read the units can make up for.
+        learning_rate: Of Adam, which trains the factors at a constant rate.
+        steered: The penalty that steers to a target.
     """
 
     kind: str
     catches = False
+    is_scale = False
+    learning_rate: float
+    steered: type[Penalty]
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """The names of the arguments beside the number of units."""
+        return [name for name in inspect.signature(cls).parameters if name != "num_units"]
 
     def estimate(self) -> torch.Tensor:
         """The factors without noise."""
@@ -61,7 +75,9 @@ class L1MaskLayer(MaskLayer):
     """
 
     kind = "l1"
-    catches = True
+    catches = is_scale = True
+    learning_rate = 1e-2
+    steered = LambdaController
 
     def __init__(self, num_units: int, capture: float = 0.02):
         super().__init__()
@@ -112,6 +128,8 @@ class L0MaskLayer(MaskLayer):
     """
 
     kind = "l0"
+    learning_rate = 5e-2
+    steered = Lagrangian
 
     def __init__(
         self,
@@ -196,3 +214,7 @@ class FixedMaskLayer(MaskLayer):
     def estimate(self) -> torch.Tensor:
         """The factors."""
         return self.factors
+
+
+# the kinds that `attach_masks` knows by name
+MASK_LAYERS: dict[str, type[MaskLayer]] = {layer.kind: layer for layer in (L1MaskLayer, L0MaskLayer)}

@@ -17,8 +17,8 @@ from torch import nn
 from ..structure.cuts import Cut
 from ..structure.parameters import is_resweight
 from .groups import PruningGroup
-from .mask_layers import FixedMaskLayer, L0MaskLayer, L1MaskLayer, MaskLayer
-from .penalty import Penalty, make_penalty
+from .mask_layers import MASK_LAYERS, FixedMaskLayer, MaskLayer
+from .penalty import Penalty
 from .select import Sizes, keep_above, of_kind, openness_of, select, unit_costs
 
 
@@ -296,11 +296,12 @@ def attach_masks(
         True
     """
     _check_attachable(model, groups, kind, sphere, layer_options)
-    layer_class = {"l1": L1MaskLayer, "l0": L0MaskLayer}[kind]
+    layer_class = MASK_LAYERS[kind]
     device = next(model.parameters()).device
     layer = layer_class(sum(group.num_units for group in groups), **layer_options)
     weights = _weights(model, groups, branch_lambda or {}, module_costs)
-    pull = make_penalty(kind, lambda_, warmup_steps, target_sparsity)
+    penalty = Penalty if target_sparsity is None else layer_class.steered
+    pull = penalty(lambda_, warmup_steps, target_sparsity)
     options = {"sphere": sphere, "alternate_steps": alternate_steps, "hold_resweight": hold_resweight}
     masks = Masks(model, groups, layer, weights, pull, min_keep=min_keep, **options).to(device)
     masks.train(model.training)
@@ -324,8 +325,8 @@ def _weights(model, groups, branch_lambda: Mapping[str, float], module_costs) ->
 
 
 def _check_attachable(model, groups, kind: str, sphere: bool, options: Mapping) -> None:
-    if kind not in ("l1", "l0"):
-        raise ValueError(f"got kind={kind!r}: expected 'l1' or 'l0'.")
+    if kind not in MASK_LAYERS:
+        raise ValueError(f"got kind={kind!r}: expected {' or '.join(map(repr, MASK_LAYERS))}.")
     if getattr(model, "pruning_masks", None) is not None:
         raise ValueError("the model has masks already: remove what they prune, or take them off with masks.detach_().")
     if not groups:
@@ -334,7 +335,7 @@ def _check_attachable(model, groups, kind: str, sphere: bool, options: Mapping) 
         raise ValueError("two groups have the same name: expected each unit in one group only.")
     if hasattr(model, "_orig_mod"):
         raise ValueError("got a compiled model: attach the masks to the model inside, and compile after removal.")
-    if sphere and (kind != "l1" or any(not group.readers for group in groups)):
+    if sphere and not (MASK_LAYERS[kind].is_scale and all(group.readers for group in groups)):
         raise ValueError("got sphere=True: expected L1 masks, and groups of units rather than of layers.")
     if options.get("per_example") and any(group.gates for group in groups):
         raise ValueError("got per_example=True with layers as a target: their residual weights serve a whole batch.")

@@ -83,9 +83,3 @@ class Lagrangian(Penalty):
         self.multipliers += self.rate * torch.stack([gap, gap.square()]).to(self.multipliers)
         self.multipliers.clamp_(min=0)
         super().after_step(masks)
-
-
-def make_penalty(kind: str, lambda_: float, warmup_steps: int, target_sparsity: float | None) -> Penalty:
-    """The penalty for masks of this kind."""
-    steered = {"l1": LambdaController, "l0": Lagrangian}[kind]
-    return (Penalty if target_sparsity is None else steered)(lambda_, warmup_steps, target_sparsity)

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from ..structure.architectures import ATTENTIONS, FEED_FORWARDS, HEAD_ATTRIBUTES
+from ..structure.architectures import ARCHITECTURES, HEAD_ATTRIBUTES
 from ..structure.cuts import Cut, columns, rows
 from ..structure.modules import BATCH_NORM, child, is_linear, join, output_dim
 from ..structure.parameters import check_plain
@@ -85,14 +85,21 @@ def _heads(model: nn.Module) -> Iterator[PruningGroup]:
     if getattr(getattr(model, "config", None), "add_cross_attention", False):
         return  # a config has one head count for the two attentions of a layer
     for name, module in model.named_modules():
-        for names in ATTENTIONS:
-            q, k, v, o = (child(module, part) for part in names)
+        for architecture in ARCHITECTURES.values():
+            parts = [child(module, part) for part in architecture.attention]
             # an attention inside an attention module is found by the inner one
-            if all(isinstance(part, nn.Linear) for part in (q, k, v, o)):
-                yield _separate_heads(name, module, names)
+            if parts and all(isinstance(part, nn.Linear) for part in parts):
+                yield _separate_heads(name, module, architecture.attention)
                 break
-        if type(child(module, "c_attn")).__name__ == "Conv1D" and not getattr(module, "is_cross_attention", False):
-            yield _fused_heads(name, module)
+            if _is_fused(module, architecture.fused_attention):
+                yield _fused_heads(name, module, *architecture.fused_attention)
+                break
+
+
+def _is_fused(module: nn.Module, names: Sequence[str]) -> bool:
+    """Whether the module is a self-attention with the fused projection of GPT-2, a `Conv1D`."""
+    is_cross = getattr(module, "is_cross_attention", False)
+    return bool(names) and type(child(module, names[0])).__name__ == "Conv1D" and not is_cross
 
 
 def _separate_heads(name: str, module: nn.Module, names: Sequence[str]) -> PruningGroup:
@@ -115,19 +122,19 @@ def _separate_heads(name: str, module: nn.Module, names: Sequence[str]) -> Pruni
     return PruningGroup(name, "heads", units, readers, tuple(cuts), tuple(attributes))
 
 
-def _fused_heads(name: str, module: nn.Module) -> PruningGroup:
-    head_dim, width = module.head_dim, module.split_size
-    cuts = [cut for third in range(3) for cut in rows(join(name, "c_attn"), module.c_attn, head_dim, third * width)]
-    readers = (columns(join(name, "c_proj"), module.c_proj, head_dim),)
+def _fused_heads(name: str, module: nn.Module, fused: str, output: str) -> PruningGroup:
+    head_dim, width, projection = module.head_dim, module.split_size, child(module, fused)
+    cuts = [cut for third in range(3) for cut in rows(join(name, fused), projection, head_dim, third * width)]
+    readers = (columns(join(name, output), child(module, output), head_dim),)
     attributes = ((name, "num_heads", 1), (name, "split_size", head_dim))
     return PruningGroup(name, "heads", width // head_dim, readers, tuple(cuts), attributes)
 
 
 def _neurons(model: nn.Module) -> Iterator[PruningGroup]:
     for name, module in model.named_modules():
-        for producers, reader in FEED_FORWARDS:
+        for producers, reader in (pair for a in ARCHITECTURES.values() for pair in a.feed_forwards):
             found = [child(module, part) for part in (*producers, reader)]
-            if all(is_linear(part) for part in found) and child(module, "c_attn") is None:
+            if all(is_linear(part) for part in found):
                 cuts = [
                     cut
                     for part, linear in zip(producers, found, strict=False)

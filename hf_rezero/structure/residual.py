@@ -5,16 +5,10 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from .architectures import ARCHITECTURES
 from .cuts import rows
 from .modules import child, is_linear, join
 from .parameters import is_resweight
-
-
-# the last projection of each branch of a layer whose branches read normed input, x + F(N(x))
-PRE_NORM_BRANCHES = (
-    ("input_layernorm", ("self_attn.o_proj", "mlp.down_proj")),
-    ("ln_1", ("attn.c_proj", "mlp.c_proj")),
-)
 
 
 def stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -44,7 +38,7 @@ def gates_of(model: nn.Module, name: str, layer: nn.Module) -> tuple[str, ...]:
     resweights = tuple(join(name, n) for n, _ in layer.named_parameters() if own.fullmatch(n) and is_resweight(n))
     if resweights:
         return resweights
-    for norm, branches in PRE_NORM_BRANCHES:
+    for norm, branches in (a.pre_norm for a in ARCHITECTURES.values() if a.pre_norm):
         projections = [child(layer, branch) for branch in branches]
         if child(layer, norm) is not None and all(is_linear(p) for p in projections):
             both = zip(branches, projections, strict=True)

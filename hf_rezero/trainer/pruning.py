@@ -19,7 +19,9 @@ from transformers.utils import logging
 
 from ..files import written_whole
 from ..pruning.groups import PruningGroup
+from ..pruning.mask_layers import MASK_LAYERS
 from ..pruning.masks import Masks, attach_masks
+from ..pruning.penalty import Lagrangian
 from ..pruning.report import PruningReport, from_ranges
 from ..pruning.rules import UNITS, find_groups, search
 from ..pruning.select import select
@@ -29,9 +31,6 @@ from .flags import names, number_or_by_name, numbers_by_name, option, read_flags
 
 
 logger = logging.get_logger(__name__)
-
-LAYER_OPTIONS = {"l1": ("capture",), "l0": ("beta", "log_alpha", "penalty", "estimator", "per_example")}
-LEARNING_RATES = {"l1": 1e-2, "l0": 5e-2}
 
 
 class Steps(NamedTuple):
@@ -97,15 +96,15 @@ class PruningConfig:
     )
 
     def __post_init__(self):
-        if self.method not in LAYER_OPTIONS:
-            raise ValueError(f"got method={self.method!r}: expected 'l1' or 'l0'.")
+        if self.method not in MASK_LAYERS:
+            raise ValueError(f"got method={self.method!r}: expected {' or '.join(map(repr, MASK_LAYERS))}.")
         if isinstance(self.cost, str) and self.cost not in ("units", "params"):
             raise ValueError(f"got cost={self.cost!r}: expected 'units', 'params', or costs by module.")
         if self.target_sparsity is None and self.lambda_ is None:
             raise ValueError("got neither target_sparsity nor lambda_: how much shall be pruned?")
         if self.mask_learning_rate is None:
-            self.mask_learning_rate = LEARNING_RATES[self.method]
-        if self.method == "l1" and self.capture <= self.mask_learning_rate:
+            self.mask_learning_rate = MASK_LAYERS[self.method].learning_rate
+        if MASK_LAYERS[self.method].catches and self.capture <= self.mask_learning_rate:
             raise ValueError(
                 f"got capture={self.capture} with mask_learning_rate={self.mask_learning_rate}: a mask would step over "
                 f"the interval in which it is caught. Expected a larger capture or a smaller rate."
@@ -145,7 +144,7 @@ class PruningConfig:
         groups = find_groups(model, self.targets)
         if (self.method, self.estimator) != ("l0", "threshold"):
             _check_tied(model, groups)
-        options = {name: getattr(self, name) for name in LAYER_OPTIONS[self.method]}
+        options = {name: value for name, value in vars(self).items() if name in MASK_LAYERS[self.method].options()}
         options |= {n: getattr(self, n) for n in ("min_keep", "sphere", "alternate_steps", "hold_resweight")}
         options |= {} if self.lambda_ is None else {"lambda_": self.lambda_}
         masks = attach_masks(
@@ -323,7 +322,7 @@ class Pruner(TrainerCallback):
             parameters = sum(p.numel() for p in self.trainer.model.parameters())
             return {"parameters": parameters} if self.removed else {}
         factors = masks.split(masks.layer.estimate())
-        steered = self.config.method == "l0" and self.config.target_sparsity is not None
+        steered = isinstance(self.masks.pull, Lagrangian)
         factor = masks.pull.multipliers[0] if steered else masks.pull.lambda_
         if self.config.target_sparsity is None:
             factor = factor * masks.pull.warmup()
@@ -432,7 +431,7 @@ class PruningTrainer(Trainer):
             )
         if args.max_steps > 0:
             config.steps(args.max_steps)
-        if config.method == "l1" and not args.weight_decay and not config.sphere:
+        if MASK_LAYERS[config.method].is_scale and not args.weight_decay and not config.sphere:
             logger.warning(
                 "L1 masks without weight_decay: the weights can grow as the masks shrink, and the penalty has no effect "
                 "in the limit. Give --weight_decay, or sphere=True."
