@@ -6,11 +6,12 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 NEWEST := .venv-newest
+DOCS := .venv-docs
 # what a release of transformers can break
 CONTRACT := tests/test_versions.py tests/test_compat*.py tests/models tests/trainer tests/pruning tests/rewrite \
 	tests/publish/test_push.py tests/commands/test_clm.py
 
-.PHONY: install quickstart test test-fast test-newest contract test-all test-oldest test-hf lint quality style tables
+.PHONY: install quickstart test test-fast test-newest contract test-all test-oldest test-hf lint quality style tables docs
 
 install: $(VENV)/installed
 
@@ -28,9 +29,9 @@ quickstart: install
 test: install
 	$(PYTEST)
 
-# What a change is checked with while it is written: all but the runs of commands, of several processes and of figures.
+# What a change is checked with while it is written: the parts, without whole runs of the Trainer, commands and claims.
 test-fast: install
-	$(PYTEST) -m "not slow and not gpu and not long"
+	$(PYTEST) $(addprefix --ignore=tests/,commands reproduce publish trainer test_compatibility.py test_versions.py test_docs.py)
 
 # Adds the checks marked slow.
 test-all: install
@@ -66,7 +67,18 @@ style: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Result files -> the tables and figures of the README.
+# Result files -> the tables of the README and of docs/, and the figures.
 tables: install
-	$(BIN)/python scripts/reproduce/tables.py
-	$(BIN)/python scripts/reproduce/figures.py
+	$(BIN)/python scripts/reproduce/render.py
+
+# The site in site/, strictly: no warning, no dead link. Its environment reads the sources and needs neither torch nor this package.
+docs: $(DOCS)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo "The site is built: open site/index.html, or serve it with $(DOCS)/bin/mkdocs serve"
+
+$(DOCS)/installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+		print(*extras['docs'], sep='\n')" > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet --requirement $(DOCS)/requirements.txt
+	touch $@
