@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, set_seed
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .. import load_corpus
+from ..data.units import tokens_are_bytes
 from ..diagnostics.gradients import gradient_profile
 from ..diagnostics.jacobian import jacobian_bounds, jacobian_moments, jacobian_spectrum
 from ..diagnostics.resweights import resweight_profile
@@ -29,7 +30,6 @@ from .running import load_as_saved
 
 
 BYTES = 1_000_000  # of the text are read
-BYTE_VOCABULARY = 512  # a model without tokenizer and with no more than so many tokens reads bytes
 MASK = 261  # of the byte tokenizer
 
 
@@ -151,7 +151,7 @@ def read_ids(model, args: argparse.Namespace) -> tuple[torch.Tensor, int | None]
     if tokenizer is not None:
         ids = tokenizer(data.decode(errors="replace"), verbose=False, add_special_tokens=False).input_ids
         mask = tokenizer.mask_token_id
-    elif model.config.vocab_size <= BYTE_VOCABULARY:
+    elif tokens_are_bytes(vocab_size=model.config.vocab_size):
         ids, mask = list(data), MASK
     else:
         raise ValueError(

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from .. import PruningConfig, ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
+from ..data.units import BITS_PER_BYTE, BITS_PER_TOKEN, Unit, tokens_are_bytes
 from ..data.windows import ByteDataset, collate_bytes, evaluation_windows, token_windows
 from ..files import read_json, write_json
 from ..plots import plot_kept, plot_sparsity_curve
@@ -44,7 +45,9 @@ from ..pruning import (
     select,
     taylor,
 )
+from ..pruning.report import BEFORE, PRUNED
 from ..publish.card import write_model_card
+from ..publish.record import TEST
 from ..trainer.flags import read_flags
 from .running import (
     DataArguments,
@@ -62,8 +65,6 @@ from .running import (
 
 SCORES = ("first_k", "random", "magnitude", "apoz", "taylor")
 SCOPES = ("group", "global")
-STAGES = {"before": "before", "pruned": "right after pruning", "eval": "at the end"}
-LARGEST_BYTE_VOCABULARY = 512  # bytes and special tokens, rounded up by whoever made the table
 
 
 @dataclass
@@ -97,17 +98,18 @@ class Data:
     validation: Dataset
     test: Dataset
     tokenizer: object
-    is_bytes: bool
+    unit: Unit
 
 
 class TokenTrainer(ReZeroTrainer):
     """Bits per predicted token, where a token is not a byte."""
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
-        """Evaluate; `{metric_key_prefix}_bits_per_token` stands in place of bits per byte."""
+        """Evaluate; bits per token stand in place of bits per byte."""
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = output.metrics or {}
-        metrics[f"{metric_key_prefix}_bits_per_token"] = metrics.pop(f"{metric_key_prefix}_bpb")
+        bits = metrics.pop(f"{metric_key_prefix}_{BITS_PER_BYTE.key}")
+        metrics[f"{metric_key_prefix}_{BITS_PER_TOKEN.key}"] = bits
         return output
 
 
@@ -131,10 +133,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     size = weights_size(model_args.model_name_or_path) or model.get_memory_footprint()
     trainer = make_trainer(model, args, data)
     metrics = prune(trainer, data, prune_args, checkpoint, data_args.dataset_name or data_args.train_file)
-    metrics |= save_report(trainer, size)
+    report = trainer.pruning_report
+    report.take_quality(metrics, data.unit.key)
+    report.bytes_before, report.bytes_after = size, weights_size(args.output_dir)
+    save_report(trainer, report)
     if trainer.is_world_process_zero():
-        print_summary(trainer, metrics, data)
-    return metrics
+        print_summary(trainer, report, data.unit)
+    return metrics | report.sizes()
 
 
 def prune(
@@ -142,15 +147,15 @@ def prune(
 ) -> dict[str, float]:
     """Evaluate, prune and train in the order of the method, and save the model."""
     args = trainer.args
-    metrics = evaluate_and_save(trainer, data.validation, "before")
+    metrics = evaluate_and_save(trainer, data.validation, BEFORE)
     if prune_args.score is not None:
         trainer.pruning_report = prune_at_once(trainer.model, data, prune_args, args)
         if args.do_train:
-            metrics |= evaluate_and_save(trainer, data.validation, "pruned")
+            metrics |= evaluate_and_save(trainer, data.validation, PRUNED)
         else:
             trainer.save_model()
     card = {"tasks": "text-generation", "dataset": dataset}
-    return metrics | run(trainer, checkpoint, lambda: evaluate_and_save(trainer, data.test, "test"), **card)
+    return metrics | run(trainer, checkpoint, lambda: evaluate_and_save(trainer, data.test, TEST), **card)
 
 
 def check_arguments(model_args: ModelArguments, prune_args: PruneArguments, args) -> list[float]:
@@ -218,12 +223,12 @@ def load_checkpoint(args: ModelArguments, block_size: int) -> PreTrainedModel:
 def load_data(args: DataArguments, model_args: ModelArguments, config) -> Data:
     """The windows of the corpus, in bytes or in the tokens of the checkpoint."""
     tokenizer, size = load_tokenizer(model_args), args.block_size
-    if tokenizer is None and config.vocab_size > LARGEST_BYTE_VOCABULARY:
+    is_bytes = tokens_are_bytes(tokenizer, config.vocab_size)
+    if tokenizer is None and not is_bytes:
         raise ValueError(
             f"{model_args.model_name_or_path} has no tokenizer, and vocab_size={config.vocab_size} is not that of a "
             f"byte model: save its tokenizer beside it."
         )
-    is_bytes = tokenizer is None or tokenizer.get_vocab() == byte_tokenizer().get_vocab()
     if is_bytes:
         tokenizer = byte_tokenizer(model_max_length=size)
         cut, cut_evaluation = ByteDataset, partial(evaluation_windows, stride=args.eval_stride)
@@ -235,13 +240,13 @@ def load_data(args: DataArguments, model_args: ModelArguments, config) -> Data:
         shortened(cut_evaluation(validation, size), args.max_eval_samples),
         shortened(cut_evaluation(test, size), args.max_eval_samples),
         tokenizer,
-        is_bytes,
+        BITS_PER_BYTE if is_bytes else BITS_PER_TOKEN,
     )
 
 
 def make_trainer(model: PreTrainedModel, args: ReZeroTrainingArguments, data: Data) -> ReZeroTrainer:
     """A Trainer that evaluates and trains on the windows."""
-    return (ReZeroTrainer if data.is_bytes else TokenTrainer)(
+    return (ReZeroTrainer if data.unit is BITS_PER_BYTE else TokenTrainer)(
         model,
         args,
         data_collator=collate_bytes,
@@ -337,24 +342,21 @@ def draw_curve(model, data: Data, prune_args: PruneArguments, args, sparsities: 
         quality = make_trainer(pruned, args, data).evaluate()
         point = {"score": prune_args.score, "target": sparsity, "sparsity": reached}
         point["parameters"] = sum(p.numel() for p in pruned.parameters())
-        point |= {name: quality[f"eval_{name}"] for name in ("loss", unit_of(data)[0])}
+        point |= {name: quality[f"eval_{name}"] for name in ("loss", data.unit.key)}
         points.append(point)
     if args.process_index == 0:
-        save_curve(points, Path(args.output_dir), *unit_of(data))
+        save_curve(points, Path(args.output_dir), data.unit)
 
 
-def save_curve(points: list[dict], folder: Path, metric: str, unit: str) -> None:
+def save_curve(points: list[dict], folder: Path, unit: Unit) -> None:
     """Write the numbers and their picture, and print them."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "curve.json", points)
     plot_sparsity_curve(points, folder / "curve.png")
     for point in points:
-        print(f"sparsity {point['sparsity']:.3f}: {point['parameters']:,} parameters, {point[metric]:.4f} {unit}")
-
-
-def unit_of(data: Data) -> tuple[str, str]:
-    """The metric of quality, and its unit in words."""
-    return ("bpb", "bits per byte") if data.is_bytes else ("bits_per_token", "bits per token")
+        print(
+            f"sparsity {point['sparsity']:.3f}: {point['parameters']:,} parameters, {point[unit.key]:.4f} {unit.words}"
+        )
 
 
 def weights_size(folder: str | Path) -> int:
@@ -362,32 +364,22 @@ def weights_size(folder: str | Path) -> int:
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
-def save_report(trainer: ReZeroTrainer, size: int) -> dict[str, float]:
+def save_report(trainer: ReZeroTrainer, report: PruningReport) -> None:
     """Write the report, its picture and the sizes."""
-    folder, report = Path(trainer.args.output_dir), trainer.pruning_report
+    folder = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         report.save(folder / "pruning" / "report.json")
         plot_kept(report, folder / "pruning" / "report.png")
-    metrics = {
-        "pruning_parameters_before": report.parameters_before,
-        "pruning_parameters_after": report.parameters_after,
-        "pruning_bytes_before": size,
-        "pruning_bytes_after": weights_size(folder),
-        "pruning_sparsity": report.sparsity,
-    }
-    trainer.save_metrics("pruning", metrics)
+    trainer.save_metrics("pruning", report.sizes())
     if trainer.is_world_process_zero():
-        write_model_card(folder)  # again, with the sizes
-    return metrics
+        write_model_card(folder)  # again, with stages and sizes
 
 
-def print_summary(trainer: ReZeroTrainer, metrics: dict[str, float], data: Data) -> None:
+def print_summary(trainer: ReZeroTrainer, report: PruningReport, unit: Unit) -> None:
     """What was removed, what it cost, and how to load the rest."""
-    name, unit = unit_of(data)
-    values = {words: metrics.get(f"{stage}_{name}") for stage, words in STAGES.items()}
-    print(trainer.pruning_report)
-    print(f"weight files: {metrics['pruning_bytes_before']:,} -> {metrics['pruning_bytes_after']:,} bytes")
-    print(f"{unit}: " + ", ".join(f"{value:.4f} {words}" for words, value in values.items() if value is not None))
+    print(report)
+    print(f"weight files: {report.bytes_before:,} -> {report.bytes_after:,} bytes")
+    print(f"{unit.words}: " + ", ".join(f"{quality:.4f} {stage}" for stage, quality in report.stages().items()))
     print(f"load it with:\n{load_lines(trainer.model, trainer.args.output_dir)}")
 
 

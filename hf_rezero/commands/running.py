@@ -30,6 +30,7 @@ from transformers import (
 
 from ..data.corpora import load_corpus
 from ..data.tokenizer import byte_tokenizer
+from ..data.units import tokens_are_bytes
 from ..data.windows import ByteDataset
 from ..diagnostics.resweights import resweight_profile
 from ..files import write_text
@@ -181,7 +182,7 @@ def refuse_other_tokens(args: ModelArguments) -> None:
         ValueError: There is such a tokenizer beside the checkpoint.
     """
     tokenizer = load_tokenizer(args) if args.model_name_or_path else None
-    if tokenizer is not None and tokenizer.get_vocab() != byte_tokenizer().get_vocab():
+    if tokenizer is not None and not tokens_are_bytes(tokenizer):
         raise ValueError(
             f"{args.model_name_or_path} got its text as {len(tokenizer)} tokens of {type(tokenizer).__name__}, and this "
             f"command reads bytes: choose a checkpoint of a byte model, or train this one with ReZeroTrainer in Python."

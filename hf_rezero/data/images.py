@@ -14,9 +14,9 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 
 from .augmentation import STREAMS, Augmentation, to_floats, uniforms
+from .description import DescribedDataset
 
 
 Part = tuple[np.ndarray, np.ndarray]  # images uint8 [N, H, W, C], labels int64 [N]
@@ -186,7 +186,7 @@ def channel_statistics(
     return mean.tolist(), np.sqrt(variance.clip(min=0)).tolist()
 
 
-class ImageDataset(Dataset):
+class ImageDataset(DescribedDataset):
     """Normalised images with their labels, as `{"pixel_values": [C, H, W], "labels"}`.
 
     A batch is made in one step (`__getitems__`), so give the DataLoader `collate_fn=collate_images`. What augmentation

@@ -1,14 +1,14 @@
 """Masked windows of bytes, as BERT reads them."""
 
 import torch
-from torch.utils.data import Dataset
 from transformers import DataCollatorForLanguageModeling
 
+from .description import DataDescription, DescribedDataset
 from .tokenizer import byte_tokenizer
 from .windows import ByteDataset
 
 
-class MaskedBytes(Dataset):
+class MaskedBytes(DescribedDataset):
     """Windows of `block_size` bytes, some of them masked; `labels` are -100 where nothing is to be predicted.
 
     Training windows are masked anew whenever they are read. `fixed` windows, for evaluation, have masks that follow
@@ -24,6 +24,10 @@ class MaskedBytes(Dataset):
         """Move the cuts between training windows, as `ByteDataset` does."""
         if not self.fixed:
             self.windows.set_epoch(epoch)
+
+    def describe(self) -> DataDescription:
+        """Say what the windows are that get masked."""
+        return self.windows.describe()
 
     def __len__(self) -> int:
         return len(self.windows)

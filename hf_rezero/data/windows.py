@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from torch.utils.data import Dataset
 
 from .corpora import file_range
+from .description import DataDescription, DescribedDataset
 
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
-class ByteDataset(Dataset):
+class ByteDataset(DescribedDataset):
     """Windows of `block_size` consecutive bytes for a causal language model, as `{"input_ids", "labels"}`, int64.
 
     Training (`stride=None`): with B = `block_size` and n bytes, window i of epoch e is
@@ -68,6 +68,11 @@ class ByteDataset(Dataset):
         if self.stride is None:
             slack = len(self.data) - len(self) * self.block_size
             self._phase = int(epoch * _GOLDEN_RATIO % 1 * min(self.block_size, slack + 1))
+
+    def describe(self) -> DataDescription:
+        """Say how many windows there are, of how many bytes, and how they lie."""
+        stride = self.stride or self.block_size
+        return DataDescription(len(self), bytes=len(self.data), block_size=self.block_size, stride=stride)
 
     def __len__(self) -> int:
         size, block = len(self.data), self.block_size

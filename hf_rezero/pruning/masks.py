@@ -362,8 +362,10 @@ def finalize_masks(
         Sorted indices of the kept units, and the factors of all units with 0 for the others, both by group.
 
     Raises:
-        ValueError: The target cannot be reached.
+        ValueError: The target cannot be reached, or a mask is NaN.
     """
+    if not torch.isfinite(masks.layer.scores()).all():
+        raise ValueError("the masks hold values that are not finite: go back to an earlier checkpoint.")
     factors = masks.split(masks.layer.estimate())
     scores = {
         # -1e6 is below any score: what is closed goes first

@@ -1,12 +1,17 @@
 """What a pruning removed, and whether the smaller model is the masked one."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from os import PathLike
+from typing import Any
 
 import torch
 
 from ..files import write_json
+
+
+# prefixes of the metrics of a run that prunes; the last is the Trainer's own
+BEFORE, PRUNED, AT_THE_END = "before", "pruned", "eval"
 
 
 @dataclass
@@ -24,6 +29,12 @@ class PruningReport:
         undecided: For L0, the fraction of gates that were neither surely open nor surely closed.
         max_difference: Largest difference between outputs of the masked and the pruned model.
         max_output: Largest output of the masked model.
+        metric: Of the quality, by its name in the results of the run.
+        quality_before: On the validation data, of the whole model.
+        quality_pruned: Right after pruning.
+        quality_at_the_end: After the training that followed.
+        bytes_before: Of the weight files, or of the weights where there was no file.
+        bytes_after: Of the weight files.
     """
 
     method: str
@@ -36,11 +47,62 @@ class PruningReport:
     undecided: float = 0.0
     max_difference: float | None = None
     max_output: float | None = None
+    metric: str | None = None
+    quality_before: float | None = None
+    quality_pruned: float | None = None
+    quality_at_the_end: float | None = None
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+
+    @classmethod
+    def from_dict(cls, saved: Mapping) -> "PruningReport":
+        """Read what `to_dict` gave, now or in an earlier release."""
+        known = {f.name: saved[f.name] for f in fields(cls) if f.name in saved}
+        return cls(**known | {"kept": {name: from_ranges(ranges) for name, ranges in saved["kept"].items()}})
+
+    def take_quality(self, results: Mapping[str, float], metric: str) -> None:
+        """Note the quality at each stage from the results of the run."""
+        self.metric = metric
+        self.quality_before = results.get(f"{BEFORE}_{metric}")
+        self.quality_pruned = results.get(f"{PRUNED}_{metric}")
+        self.quality_at_the_end = results.get(f"{AT_THE_END}_{metric}")
+
+    def complete(self, results: Mapping[str, Any], metric: str) -> None:
+        """Take what earlier releases left in the results of the run alone."""
+        if self.metric is None:
+            self.take_quality(results, metric)
+        if self.bytes_before is None:
+            self.bytes_before = results.get("pruning_bytes_before")
+            self.bytes_after = results.get("pruning_bytes_after")
+
+    def stages(self) -> dict[str, float]:
+        """Return the quality at each stage where it was measured, under its name in words."""
+        found = {
+            "before": self.quality_before,
+            "right after pruning": self.quality_pruned,
+            "at the end": self.quality_at_the_end,
+        }
+        return {words: quality for words, quality in found.items() if quality is not None}
+
+    def sizes(self) -> dict[str, float | None]:
+        """Return what the results of a run have of the pruning, by name."""
+        return {
+            "pruning_parameters_before": self.parameters_before,
+            "pruning_parameters_after": self.parameters_after,
+            "pruning_bytes_before": self.bytes_before,
+            "pruning_bytes_after": self.bytes_after,
+            "pruning_sparsity": self.sparsity,
+        }
 
     def compare(self, masked: torch.Tensor, pruned: torch.Tensor) -> None:
         """Record how far the outputs of the two models are apart."""
         self.max_difference = float((masked - pruned).abs().max())
         self.max_output = float(masked.abs().max())
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether so many gates were left between open and closed that the outcome is not what was trained."""
+        return self.undecided > 0.05
 
     def left_by_kind(self) -> dict[str, tuple[int, int]]:
         """Kept and former units of each kind."""
@@ -70,7 +132,7 @@ class PruningReport:
                 f"masked and pruned model differ by at most {self.max_difference:.1e} in outputs up to "
                 f"{self.max_output:.3g}"
             )
-        if self.undecided > 0.05:
+        if self.is_undecided:
             lines.append(f"{self.undecided:.0%} of the gates were undecided: train longer, or per example")
         return "\n".join(lines)
 

@@ -4,13 +4,14 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from ..data.tokenizer import byte_tokenizer
+from ..data.description import DataDescription, from_known
+from ..data.units import tokens_are_bytes
 from ..diagnostics.resweights import resweight_profile
 from ..files import read_json, write_json
 from .redact import UNLISTED, clean_name, command_line, is_hub_name, redact
@@ -18,13 +19,110 @@ from .redact import UNLISTED, clean_name, command_line, is_hub_name, redact
 
 RECORD = "run.json"
 LIBRARIES = ("hf_rezero", "transformers", "torch", "accelerate", "datasets", "tokenizers", "huggingface_hub")
-LARGEST_BYTE_VOCABULARY = 512  # bytes and special tokens, rounded up by whoever made the table
 ALWAYS_LISTED = ("learning_rate", "per_device_train_batch_size", "optim", "lr_scheduler_type", "weight_decay", "seed")
+VALIDATION, TEST = "eval", "test"  # the Trainer's prefixes of metrics
+SPLITS = {VALIDATION: "validation", TEST: "test"}
+
+
+@dataclass
+class DataRecord:
+    """The task, by its name on the Hub, and its data, by their names here and there."""
+
+    task: list[str] = field(default_factory=list)
+    datasets: list[str] = field(default_factory=list)
+    hub_datasets: list[str] = field(default_factory=list)
+    dataset_config: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ModelRecord:
+    """The model, and what it started from: a repository on the Hub, or a folder."""
+
+    architectures: list[str] = field(default_factory=list)
+    parameters: int | None = None
+    tokens_are_bytes: bool | None = None
+    base_model: str | None = None
+    started_from: str | None = None
+
+
+@dataclass
+class MachineRecord:
+    """What was called, on what machine, with what installed."""
+
+    commands: list[str] = field(default_factory=list)
+    hardware: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class ResweightSizes:
+    """The residual weights without their signs: mean and largest."""
+
+    mean_abs: float | None = None
+    max_abs: float | None = None
+
+
+@dataclass
+class TrainingRecord:
+    """The arguments that were given, and where the training ended."""
+
+    arguments: dict[str, str | int | float] = field(default_factory=dict)
+    steps: int | None = None
+    resweights: ResweightSizes = field(default_factory=ResweightSizes)
+
+
+@dataclass
+class MeasuredRecord:
+    """The metrics of the saved weights, and the data behind each prefix of their names."""
+
+    results: dict[str, float] = field(default_factory=dict)
+    evaluations: dict[str, DataDescription] = field(default_factory=dict)
+
+
+@dataclass
+class RunRecord:
+    """What a card says of a run that no other file holds; `run.json` has the fields of all parts side by side."""
+
+    data: DataRecord = field(default_factory=DataRecord)
+    model: ModelRecord = field(default_factory=ModelRecord)
+    machine: MachineRecord = field(default_factory=MachineRecord)
+    training: TrainingRecord = field(default_factory=TrainingRecord)
+    measured: MeasuredRecord = field(default_factory=MeasuredRecord)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping) -> "RunRecord":
+        """Read the content of a `run.json`, also of an earlier release.
+
+        Example:
+            >>> record = RunRecord.from_dict({"steps": 3, "evaluations": {"eval": {"examples": 2}}, "mood": "good"})
+            >>> record.training.steps, record.measured.evaluations["eval"].examples, record.model.parameters
+            (3, 2, None)
+        """
+        record = cls(**{part.name: from_known(part.default_factory, saved) for part in fields(cls)})
+        record.training.resweights = from_known(ResweightSizes, saved.get("resweights") or {})
+        evaluations = saved.get("evaluations") or {}
+        record.measured.evaluations = {name: from_known(DataDescription, data) for name, data in evaluations.items()}
+        return record
+
+    def to_dict(self) -> dict:
+        """Return the content of `run.json`, without what is not known."""
+        everything: dict = {}
+        for part in asdict(self).values():
+            everything |= part
+        return _without_empty(everything)
+
+    def with_evaluation(self, later: "RunRecord") -> "RunRecord":
+        """Return this record of a training with what a later run measured of its weights."""
+        merged = RunRecord.from_dict(later.to_dict() | self.to_dict())
+        merged.measured.results = self.measured.results | later.measured.results
+        merged.measured.evaluations = self.measured.evaluations | later.measured.evaluations
+        merged.machine.commands = list(dict.fromkeys([*self.machine.commands, *later.machine.commands]))
+        return merged
 
 
 def record_run(
     trainer, *, tasks=None, dataset=None, dataset_tags=None, dataset_args=None, finetuned_from=None
-) -> dict:
+) -> RunRecord:
     """Write `run.json` into the folder of a run: what a card says of it that no other file holds.
 
     Neither paths of this machine nor secrets get into it. A run that only evaluated adds to what the training wrote.
@@ -39,19 +137,17 @@ def record_run(
     """
     folder, report = Path(trainer.args.output_dir), trainer.pruning_report
     model = trainer.accelerator.unwrap_model(trainer.model)
-    given = {
-        "task": listed(tasks)[:1],
-        "datasets": [clean_name(name) for name in listed(dataset)],
-        "hub_datasets": [name for name in listed(dataset_tags) if is_hub_name(name, or_bare=True)]
-        or [name for name in listed(dataset) if is_hub_name(name)],
-        "dataset_config": listed(dataset_args),
-    }
-    record = {name: value for name, value in given.items() if value}
-    record |= _of_the_model(model, trainer.processing_class) | _of_the_origin(model, finetuned_from)
-    record |= _of_the_machine(trainer) | {"arguments": _of_the_arguments(trainer.args)}
-    record |= _of_the_state(trainer)
-    record = _added_to(read_json(folder / RECORD), record, trained=trainer.state.global_step > 0)
-    write_json(folder / RECORD, record)
+    record = RunRecord(
+        _of_the_data(tasks, dataset, dataset_tags, dataset_args),
+        _of_the_model(model, trainer.processing_class, finetuned_from),
+        _of_the_machine(trainer.args),
+        _of_the_training(trainer),
+        _of_the_evaluations(trainer),
+    )
+    saved = read_json(folder / RECORD)
+    if saved and not record.training.steps:
+        record = RunRecord.from_dict(saved).with_evaluation(record)
+    write_json(folder / RECORD, record.to_dict())
     if report is not None:
         report.save(folder / "pruning" / "report.json")
     if profile := resweight_profile(model):
@@ -61,63 +157,45 @@ def record_run(
     return record
 
 
-def describe_data(dataset) -> dict:
-    """How many examples there are to score, and of bytes also the windows.
-
-    Example:
-        >>> from hf_rezero.data import evaluation_windows
-        >>> describe_data(evaluation_windows(b"to be or not to be", block_size=8))
-        {'examples': 4, 'bytes': 18, 'block_size': 8, 'stride': 4}
-    """
-    try:
-        facts = {"examples": len(dataset)}
-    except TypeError:
-        return {}
-    whole = dataset
-    if isinstance(dataset, torch.utils.data.Subset):
-        whole = dataset.dataset
-        facts |= {"of": len(whole)} if len(whole) > len(dataset) else {}
-    whole = getattr(whole, "windows", whole)
-    if hasattr(whole, "block_size") and hasattr(whole, "stride"):
-        facts |= {"bytes": len(whole.data), "block_size": whole.block_size, "stride": whole.stride or whole.block_size}
-    return facts
+def _without_empty(content: Mapping) -> dict:
+    """Numbers stay, also 0 and False."""
+    known = {name: _without_empty(value) if isinstance(value, dict) else value for name, value in content.items()}
+    return {name: value for name, value in known.items() if value or isinstance(value, int | float)}
 
 
-def _of_the_model(model, processing_class) -> dict:
-    names = [type(model).__name__]
-    config = getattr(model, "config", None)
-    vocabulary = getattr(processing_class, "get_vocab", dict)()
-    is_bytes = (
-        vocabulary == byte_tokenizer().get_vocab() if vocabulary else has_bytes(getattr(config, "vocab_size", 0))
+def _of_the_data(tasks, dataset, dataset_tags, dataset_args) -> DataRecord:
+    named = [name for name in listed(dataset_tags) if is_hub_name(name, or_bare=True)]
+    return DataRecord(
+        task=listed(tasks)[:1],
+        datasets=[clean_name(name) for name in listed(dataset)],
+        hub_datasets=named or [name for name in listed(dataset) if is_hub_name(name)],
+        dataset_config=listed(dataset_args),
     )
-    return {
-        "architectures": names,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens_are_bytes": is_bytes,
-    }
 
 
-def has_bytes(vocab_size: int | None) -> bool:
-    """Whether a vocabulary without tokenizer is one of bytes, by its size."""
-    return 0 < (vocab_size or 0) <= LARGEST_BYTE_VOCABULARY
+def _of_the_model(model, processing_class, finetuned_from: str | None) -> ModelRecord:
+    config = getattr(model, "config", None)
+    record = ModelRecord(
+        architectures=[type(model).__name__],
+        parameters=sum(p.numel() for p in model.parameters()),
+        tokens_are_bytes=tokens_are_bytes(processing_class, getattr(config, "vocab_size", None)),
+    )
+    origin = finetuned_from or getattr(config, "_name_or_path", None)
+    if origin and is_hub_name(origin, or_bare=True):
+        record.base_model = origin
+    elif origin:
+        record.started_from = clean_name(origin)
+    return record
 
 
-def _of_the_origin(model, finetuned_from: str | None) -> dict:
-    origin = finetuned_from or getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not origin:
-        return {}
-    return {"base_model": origin} if is_hub_name(origin, or_bare=True) else {"started_from": clean_name(origin)}
-
-
-def _of_the_machine(trainer) -> dict:
-    cuda = trainer.args.device.type == "cuda"
-    device = torch.cuda.get_device_name(trainer.args.device) if cuda else _processor()
-    count = trainer.args.world_size
-    return {
-        "commands": [command] if (command := command_line(trainer.args.world_size)) else [],
-        "hardware": f"{count} process{'es' if count > 1 else ''}, {device}",
-        "versions": {"python": platform.python_version(), **_versions()},
-    }
+def _of_the_machine(args) -> MachineRecord:
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else _processor()
+    count = args.world_size
+    return MachineRecord(
+        commands=[command] if (command := command_line(count)) else [],
+        hardware=f"{count} process{'es' if count > 1 else ''}, {device}",
+        versions={"python": platform.python_version(), **_versions()},
+    )
 
 
 def _processor() -> str:
@@ -153,25 +231,18 @@ def _of_the_arguments(args) -> dict:
     return shown
 
 
-def _of_the_state(trainer) -> dict:
-    state, best = trainer.state, trainer.args.load_best_model_at_end
-    log = state.log_history
-    step = state.best_global_step if best and state.best_global_step else state.global_step
-    facts = {"steps": state.global_step, "results": results_of_log(log, step), "evaluations": trainer.evaluated}
-    sizes = [entry for entry in log if "resweight_mean_abs" in entry]
+def _of_the_training(trainer) -> TrainingRecord:
+    record = TrainingRecord(_of_the_arguments(trainer.args), trainer.state.global_step)
+    sizes = [entry for entry in trainer.state.log_history if "resweight_mean_abs" in entry]
     if sizes:
-        facts["resweights"] = {name: sizes[-1][f"resweight_{name}"] for name in ("mean_abs", "max_abs")}
-    return facts
+        record.resweights = ResweightSizes(sizes[-1]["resweight_mean_abs"], sizes[-1]["resweight_max_abs"])
+    return record
 
 
-def _added_to(old: dict, new: dict, trained: bool) -> dict:
-    if trained or not old:
-        return new
-    merged = new | old
-    for name in ("results", "evaluations"):
-        merged[name] = old.get(name, {}) | new[name]
-    merged["commands"] = list(dict.fromkeys([*old.get("commands", []), *new["commands"]]))
-    return merged
+def _of_the_evaluations(trainer) -> MeasuredRecord:
+    state, is_best = trainer.state, trainer.args.load_best_model_at_end and trainer.state.best_global_step
+    step = state.best_global_step if is_best else state.global_step
+    return MeasuredRecord(results_of_log(state.log_history, step), trainer.evaluated)
 
 
 def results_of_log(log: Sequence[Mapping], step: int) -> dict[str, float]:
@@ -185,7 +256,7 @@ def results_of_log(log: Sequence[Mapping], step: int) -> dict[str, float]:
     results = {}
     for index, entry in enumerate(log):
         if entry.get("step") == step or (ends and index > ends[-1]):
-            results |= {name: value for name, value in entry.items() if name.startswith(("eval", "test"))}
+            results |= {name: value for name, value in entry.items() if name.startswith(tuple(SPLITS))}
     return results
 
 

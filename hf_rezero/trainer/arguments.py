@@ -56,6 +56,16 @@ class ReZeroTrainingArguments(
         default=False,
         metadata={"help": "Do not schedule the learning rate of the residual weights, as suits one-cycle schedules."},
     )
+    resume_weights_only: bool = field(
+        default=False,
+        metadata={"help": "Resume from a checkpoint without optimizer or scheduler, which then start anew."},
+    )
+    max_bad_steps: int = field(
+        default=10,
+        metadata={
+            "help": "End the run after so many steps in a row whose gradient is infinite or NaN; each is left out."
+        },
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Look for parameters without gradient in every distributed step."}
     )

@@ -88,10 +88,11 @@ def run_gradinit(trainer: Trainer, config: GradInitConfig, resume: bool) -> Grad
     """
     args, model = trainer.args, trainer.model
     _same_everywhere(model)
-    init = GradInit(model, loss_fn=_loss_of(trainer), reduce=mean_over_processes, **config.options(args))
+    options = config.options(args)
+    init = GradInit(model, loss_fn=_loss_of(trainer), reduce=mean_over_processes, **options)
     path, norms = state_file(args.output_dir), [p.norm().item() for p in model.parameters()]
     if resume:
-        _load(init, path, norms)
+        _load(init, path, norms, options)
     done = len(init.history)
     bar = tqdm(
         desc="GradInit", total=config.num_steps, initial=done, disable=args.disable_tqdm or args.process_index > 0
@@ -102,7 +103,7 @@ def run_gradinit(trainer: Trainer, config: GradInitConfig, resume: bool) -> Grad
             init.step(batch, half_overlap(batch, fresh))
             bar.update()
             if len(init.history) in (config.num_steps, *range(0, config.num_steps, config.save_steps)):
-                _save(trainer, {"gradinit": init.state_dict(), "norms": norms}, path)
+                _save(trainer, {"gradinit": init.state_dict(), "norms": norms, "options": options}, path)
     report = init.fold_()
     if trainer.is_world_process_zero():
         report.save(path.with_name("report.json"))
@@ -134,8 +135,17 @@ def _save(trainer: Trainer, state: dict, path: Path) -> None:
             torch.save(state, temporary)
 
 
-def _load(init: GradInit, path: Path, norms: list[float]) -> None:
+def _load(init: GradInit, path: Path, norms: list[float], options: dict) -> None:
     state = torch.load(path, weights_only=True)
+    before = state.get("options", options)  # a state of an earlier release does not tell
+    other = [
+        f"{name}={before.get(name)}, now {options[name]}" for name in options if before.get(name) != options[name]
+    ]
+    if other:
+        raise ValueError(
+            f"{path} was learned with {'; '.join(other)}: give the arguments of the interrupted run, or leave out "
+            f"--resume_from_checkpoint and use another output_dir."
+        )
     if not np.allclose(state["norms"], norms, rtol=1e-5):
         raise ValueError(
             f"the weights are not those from which {path} was learned: start from the same checkpoint or seed, or "

@@ -22,7 +22,7 @@ from ..pruning.groups import PruningGroup
 from ..pruning.mask_layers import MASK_LAYERS
 from ..pruning.masks import Masks, attach_masks
 from ..pruning.penalty import Lagrangian
-from ..pruning.report import PruningReport, from_ranges
+from ..pruning.report import PruningReport
 from ..pruning.rules import UNITS, find_groups, search
 from ..pruning.select import select
 from ..pruning.storage import read_provenance, replay_
@@ -222,7 +222,7 @@ class Pruner(TrainerCallback):
             )
         self.restored, self.removed = state, state.get("removed", False)
         if state.get("report"):
-            self.trainer.pruning_report = _report_of(state["report"])
+            self.trainer.pruning_report = PruningReport.from_dict(state["report"])
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.steps = self.config.steps(state.max_steps)
@@ -340,11 +340,6 @@ class Pruner(TrainerCallback):
             self._folder().mkdir(parents=True, exist_ok=True)
             with (self._folder() / "history.jsonl").open("a") as file:
                 file.write(json.dumps({"step": self.trainer.state.global_step, "kept": kept}) + "\n")
-
-
-def _report_of(saved: dict) -> PruningReport:
-    kept = {name: from_ranges(ranges) for name, ranges in saved["kept"].items()}
-    return PruningReport(**saved | {"kept": kept})
 
 
 def _truncate_history(path: Path, step: int) -> None:

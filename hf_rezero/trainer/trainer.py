@@ -14,6 +14,8 @@ from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
+from ..data.description import DataDescription, describe_data
+from ..data.units import BITS_PER_BYTE
 from ..diagnostics.resweights import resweight_profile, warn_of_blocked_branches
 from ..initialization.gradinit import GradInitReport
 from ..optim import decays, param_groups
@@ -21,9 +23,10 @@ from ..optim.param_groups import resweight_groups
 from ..optim.registry import parse_optimizer
 from ..optim.schedules import PiecewiseLinear, keep_constant
 from ..publish.card import is_generated, write_model_card
-from ..publish.record import describe_data, listed, record_run
-from .checkpoints import check_safetensors, last_checkpoint
+from ..publish.record import listed, record_run
+from .checkpoints import CheckedTrainer, check_checkpoint, last_checkpoint
 from .evaluation import is_causal_lm, token_nll
+from .finite import FiniteTrainer
 from .gradinit import GradInitConfig, run_gradinit, state_file
 from .pruning import PruningConfig, PruningTrainer
 from .pushing import PushingTrainer
@@ -32,7 +35,7 @@ from .pushing import PushingTrainer
 logger = logging.get_logger(__name__)
 
 
-class ReZeroTrainer(PushingTrainer, PruningTrainer):
+class ReZeroTrainer(FiniteTrainer, CheckedTrainer, PushingTrainer, PruningTrainer):
     """The `Trainer`, with right parameter groups, exact bits per byte, and the residual weights in its logs.
 
     - Weight decay applies to tensors with two or more dimensions, so never to residual weights, norms and biases.
@@ -44,11 +47,13 @@ class ReZeroTrainer(PushingTrainer, PruningTrainer):
     - Label smoothing shifts the labels of every causal language model, not only of those that transformers lists.
     - Training logs gain `resweight_mean_abs` and `resweight_max_abs`.
     - A data set with `set_epoch` hears of each new epoch, also when its loader is sharded over processes.
-    - `train(resume_from_checkpoint=True)` resumes from the last checkpoint that was written to its end.
+    - `train(resume_from_checkpoint=True)` resumes from the last checkpoint that is whole: each ends with a manifest of its
+      files. One without optimizer or scheduler is resumed from only with `resume_weights_only`.
     - `gradinit=GradInitConfig(...)`, or `gradinit_steps` of the arguments, learns initial scales of the weights before
       training, on its data, for its optimizer; not when it is resumed. The report is `trainer.gradinit_report`, the
       files are in `output_dir/gradinit`.
     - `push_to_hub` publishes in one commit what loads without this library, never pickles, optimizer states or tokens.
+    - A step whose gradient is not finite is left out, weights that are not finite are never saved, see `FiniteTrainer`.
     - `pruning=PruningConfig(...)`, or `prune_method` of the arguments, learns masks in the middle of the run and then
       removes what they closed, heads and neurons, for the rest of it. It resumes in each phase, with the model as it
       was built or as a checkpoint has it. The report is `trainer.pruning_report`, the files are in
@@ -85,7 +90,7 @@ class ReZeroTrainer(PushingTrainer, PruningTrainer):
         self._is_causal_lm = is_causal_lm(unwrapped)
         self._skips_logits = "skip_logits" in inspect.signature(unwrapped.forward).parameters
         self._nll, self._predicted = 0.0, 0
-        self.evaluated = {}  # the data behind each prefix of metrics
+        self.evaluated: dict[str, DataDescription] = {}  # the data behind each prefix of metrics
         self.gradinit, self.gradinit_report = gradinit or GradInitConfig.from_arguments(self.args), None
         is_by_caller = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if self.gradinit is not None and self.gradinit.algorithm is None and is_by_caller:
@@ -178,10 +183,15 @@ class ReZeroTrainer(PushingTrainer, PruningTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir, or_none=interrupted)
         if resume_from_checkpoint:
-            check_safetensors(resume_from_checkpoint)
+            check_checkpoint(resume_from_checkpoint, self.args.resume_weights_only)
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, "trainer_state.json")))
             if self._has_finished(state):
                 return self._take_up(resume_from_checkpoint, state)
+        elif interrupted and self.gradinit is None:
+            raise ValueError(
+                f"{state_file(self.args.output_dir)} is of an interrupted GradInit, and this run has none: give "
+                f"--gradinit_steps as before, or leave out --resume_from_checkpoint and use another output_dir."
+            )
         elif self.gradinit is not None:
             self.gradinit_report = run_gradinit(self, self.gradinit, resume=interrupted)
         return super().train(resume_from_checkpoint or None, **kwargs)
@@ -223,7 +233,8 @@ class ReZeroTrainer(PushingTrainer, PruningTrainer):
         if self._predicted:
             from ..metrics.bits_per_byte.bits_per_byte import bits_per_byte  # `evaluate` is slow to import
 
-            output.metrics[f"{metric_key_prefix}_bpb"] = bits_per_byte(self._nll, self._predicted)
+            bits = bits_per_byte(self._nll, self._predicted)
+            output.metrics[f"{metric_key_prefix}_{BITS_PER_BYTE.key}"] = bits
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

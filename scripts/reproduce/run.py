@@ -1,13 +1,16 @@
 """Runs a claim of the folders beside this file, and writes its result file and its figure.
 
-python scripts/reproduce/run.py depth --train_file enwik8_prefix.xz
-python scripts/reproduce/run.py rezero/depth --help
+    python scripts/reproduce/run.py depth --train_file enwik8_prefix.xz
+    python scripts/reproduce/run.py rezero/depth --help
+
+The folder may be left out: no two claims share a name. `--help` alone lists all claims.
 """
 
 import argparse
 import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 
 
 HERE = Path(__file__).parent
@@ -19,7 +22,7 @@ def claims() -> dict[str, str]:
     return {path.stem: f"{path.parent.name}.{path.stem}" for path in files}
 
 
-def load(module: str):
+def load_claim(module: str) -> ModuleType:
     """Import the module of a claim, such as `rezero.depth`."""
     return importlib.import_module(module)
 
@@ -40,7 +43,7 @@ def main() -> None:
     if module is None or claim.parent.name not in ("", module.split(".")[0]):
         parser.error(f"a claim of the list below --help was expected, got {str(claim)!r}")
     sys.argv = [f"{sys.argv[0]} {claim.stem}", *sys.argv[2:]]  # what `--help` and the record of the run show
-    load(module).main()
+    load_claim(module).main()
 
 
 if __name__ == "__main__":

@@ -103,6 +103,16 @@ def test_fine_tuning_follows_and_the_summary_tells_all(text, checkpoint, tmp_pat
     assert f"{metrics['pruning_bytes_before']:,} -> {metrics['pruning_bytes_after']:,} bytes" in printed
     assert f"{metrics['pruned_bpb']:.4f} right after pruning, {metrics['eval_bpb']:.4f} at the end" in printed
     assert AutoConfig.from_pretrained(out).pruning["method"] == "taylor"
+    report = PruningReport.from_dict(json.loads((out / "pruning" / "report.json").read_text()))
+    assert (report.metric, report.quality_before, report.quality_pruned) == (
+        "bpb",
+        metrics["before_bpb"],
+        metrics["pruned_bpb"],
+    )
+    assert report.quality_at_the_end == metrics["eval_bpb"]
+    assert report.sizes() == {name: value for name, value in metrics.items() if name.startswith("pruning_")}
+    rows = [f"| {words} | {quality:.5g} |" for words, quality in report.stages().items()]
+    assert len(rows) == 3 and "\n".join(rows) in (out / "README.md").read_text()
 
 
 def test_the_printed_lines_load_a_foreign_model_that_was_pruned_twice(text, gpt2, tmp_path, capsys):

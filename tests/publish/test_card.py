@@ -24,11 +24,16 @@ from hf_rezero import (
     byte_tokenizer,
 )
 from hf_rezero.commands.running import evaluate_and_save, train_and_save
-from hf_rezero.data.windows import evaluation_windows
+from hf_rezero.data.description import DataDescription, describe_data
+from hf_rezero.data.images import ImageDataset
+from hf_rezero.data.masking import MaskedBytes
+from hf_rezero.data.units import tokens_are_bytes
+from hf_rezero.data.windows import ByteDataset, evaluation_windows
 from hf_rezero.plots import plot_kept
+from hf_rezero.publish import card as card_module
 from hf_rezero.publish.card import MARKER, write_model_card
 from hf_rezero.publish.metadata import check_metadata
-from hf_rezero.publish.record import results_of_log
+from hf_rezero.publish.record import RunRecord, results_of_log
 from hf_rezero.publish.redact import command_line, redact
 
 
@@ -171,6 +176,15 @@ def test_numbers_of_other_weights_are_not_results(folder):
     )
 
 
+def test_stages_and_sizes_are_those_of_the_report(folder):
+    stages = {"metric": "accuracy", "quality_before": 0.5, "quality_at_the_end": 0.25, "bytes_before": 2000}
+    edit(folder, "pruning/report.json", **stages, bytes_after=1000)
+    edit(folder, "all_results.json", before_accuracy=0.75, pruning_bytes_before=7, pruning_bytes_after=6)
+    text = write_model_card(folder).read_text()
+    assert "| accuracy on the validation data | value |\n|---|---|\n| before | 0.5 |\n| at the end | 0.25 |\n" in text
+    assert "Weight files: 2,000 -> 1,000 bytes." in text
+
+
 @pytest.mark.parametrize(("best", "expected"), [(None, 3.0), (4, None)])
 def test_a_folder_without_record_counts_only_evaluations_of_the_last_weights(tmp_path, best, expected):
     log = [{"step": 4, "eval_bpb": 2.0}, {"step": 8, "eval_bpb": 3.0}, {"step": 8, "train_runtime": 1.0}]
@@ -215,6 +229,46 @@ def test_an_evaluation_adds_to_the_record_of_the_training(run, folder, monkeypat
     assert record["results"]["eval_bpb"] == metrics["eval_bpb"] and record["results"]["test_bpb"]
     assert (record["arguments"]["seed"], record["steps"], record["evaluations"]["eval"]["examples"]) == (7, 8, 37)
     assert record["commands"][-1] == "python scripts/run_clm.py --do_eval"
+
+
+def test_a_record_comes_back_and_ignores_what_it_does_not_know(folder):
+    saved = json.loads((folder / "run.json").read_text())
+    record = RunRecord.from_dict(saved | {"mood": "good", "hardware": None})
+    assert record.to_dict() == {name: value for name, value in saved.items() if name != "hardware"}
+    assert (record.machine.hardware, record.measured.evaluations["eval"].stride) == (None, 8)
+    assert RunRecord.from_dict({}).to_dict() == {} and RunRecord.from_dict({"steps": 0}).to_dict() == {"steps": 0}
+
+
+def test_data_sets_say_what_they_are():
+    windows = {"bytes": 100, "block_size": 16}
+    assert describe_data(ByteDataset(TEXT[:100], 16)).to_dict() == {"examples": 5, **windows, "stride": 16}
+    assert describe_data(MaskedBytes(TEXT[:100], 16, 0.15)).to_dict() == {"examples": 5, **windows, "stride": 16}
+    part = Subset(evaluation_windows(TEXT[:100], 16, 4), range(3))
+    assert describe_data(part).to_dict() == {"examples": 3, "of": 22, **windows, "stride": 4}
+    images = ImageDataset(torch.zeros(4, 8, 8, 1, dtype=torch.uint8).numpy(), None, [0.5], [0.5])
+    assert describe_data(images) == DataDescription(examples=4) == describe_data([1, 2, 3, 4])
+    assert describe_data(iter([])).to_dict() == {}
+
+
+def test_the_tokenizer_says_whether_tokens_are_bytes():
+    other = byte_tokenizer()
+    other.add_tokens(["word"])
+    assert tokens_are_bytes(byte_tokenizer(), 50257) and not tokens_are_bytes(other, 264)
+    sizes = {None: False, 0: False, 264: True, 512: True, 513: False}
+    assert {size: tokens_are_bytes(None, size) for size in sizes} == sizes
+    assert tokens_are_bytes(object(), 264)  # an image processor has no vocabulary
+
+
+def test_the_sentences_stand_in_the_template_alone(folder, tmp_path, monkeypatch):
+    words = card_module.TEMPLATE.read_text()
+    old = re.sub("{#.*?#}|{%.*?%}|{{.*?}}", "", words, flags=re.DOTALL)
+    assert all(sentence in old for sentence in ("One run, one seed", "Started from", "of the cut tensors removed"))
+    monkeypatch.setattr(card_module, "TEMPLATE", tmp_path / "mine.md")
+    (tmp_path / "mine.md").write_text(words.replace("One run, one seed", "This is a single run"))
+    changed = write_model_card(folder).read_text()
+    monkeypatch.undo()
+    assert "This is a single run" in changed
+    assert changed.replace("This is a single run", "One run, one seed") == write_model_card(folder).read_text()
 
 
 def test_the_code_of_the_card_loads_the_model(folder, run):
@@ -393,3 +447,5 @@ def test_the_cards_of_this_repository_are_what_their_runs_measured(card, tmp_pat
     options["dataset"] = data["model-index"][0]["results"][0]["dataset"]["name"]
     assert write_model_card(folder, **options).read_text() == card.read_text()
     assert not re.search(r"(?<![\w.])/(home|root|work|tmp|usr|mnt|data)/", card.read_text())
+    record = json.loads((folder / "run.json").read_text())
+    assert RunRecord.from_dict(record).to_dict() == record

@@ -502,7 +502,7 @@ def test_no_token_in_any_output_or_file(hub, worker, folder):
 
 
 def test_the_page_on_sharing_does_what_it_says(hub, worker, stranger, tmp_path):
-    text = (ROOT / "docs" / "sharing.md").read_text()
+    text = (ROOT / "docs" / "guides" / "share.md").read_text()
     blocks = re.findall(r"```(?:py|python)\n(.*?)```", text, re.DOTALL)
     worker.run(f"import os; os.chdir({str(tmp_path)!r})\n" + "\n".join(blocks))
     assert hub.repos["me/rezero-small"].log()

@@ -1,4 +1,4 @@
-"""`scripts/reproduce/gradinit_*.py`: a run in small from end to end."""
+"""`scripts/reproduce/gradinit/`: a run in small from end to end."""
 
 import json
 import sys

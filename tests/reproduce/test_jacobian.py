@@ -1,4 +1,4 @@
-"""`scripts/reproduce/jacobian.py`: a run in small from end to end, its parts, and the figures that were recorded."""
+"""`scripts/reproduce/rezero/jacobian.py`: a run in small from end to end, its parts, and the figures that were recorded."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""`scripts/reproduce/optimizers.py`: a run in small from end to end, and its parts."""
+"""`scripts/reproduce/optim/optimizers.py`: a run in small from end to end, and its parts."""
 
 import json
 import math

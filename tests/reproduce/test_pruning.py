@@ -1,4 +1,4 @@
-"""`scripts/reproduce/pruning_curve.py`: a run in small from end to end, and its parts."""
+"""`scripts/reproduce/pruning/pruning_curve.py`: a run in small from end to end, and its parts."""
 
 import json
 import sys
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import tables
 from pruning import pruning_curve
 from pruning.pruning_curve import Images, Text
 
@@ -46,7 +45,7 @@ def test_a_run_leaves_results_and_a_figure_and_a_second_one_has_nothing_to_do(fi
     assert {"unpruned", "L1", "L0", "first k", "magnitude"} <= methods["depth"]
     assert results["verdicts"]["images"] and all("holds" in v for v in results["verdicts"]["images"].values())
     assert (folder / "pruning_curve.png").stat().st_size > 10_000
-    for table in (tables.pruning_curve_images, tables.pruning_curve_text):
+    for table in pruning_curve.TABLES.values():
         assert len({len(row) for row in table(results)}) == 1
     monkeypatch.setattr(pruning_curve, "train", None)
     pruning_curve.main()

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from rezero import fully_connected, growing, norm_variants, resnets, superconvergence
+from common import images
+from rezero import deep_without_warmup, defaults, fully_connected, growing, norm_variants, resnets, superconvergence
 from speed import depth_cost, fold_speed
 
 
@@ -68,7 +69,7 @@ def test_one_cycle_moves_all_rates_but_the_constant_one(files, tmp_path, monkeyp
 
 def test_pictures_are_shifted_and_flipped_one_by_one():
     x = torch.arange(2 * 3 * 16 * 16.0).view(2, 3, 16, 16) + 1
-    y = resnets.augment(x, torch.Generator().manual_seed(0))
+    y = images.augment(x, torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(x, (2, 2, 2, 2))
     candidates = [
         (flip, i, j)
@@ -180,3 +181,33 @@ def test_a_folded_model_is_timed_beside_the_other(tmp_path, monkeypatch):
     ]
     figures = results["128 x 64, 1 token"]
     assert figures["ratio"] == figures["after"] / figures["before"] and 0 < figures["difference"] < 1e-5
+
+
+@pytest.fixture
+def small(files):
+    """The words of a claim about the first steps, for a model of seconds."""
+    sizes = {"layers": 2, "hidden_size": 16, "block_size": 16, "batch_size": 4, "steps": 20, "seeds": 2}
+    words = [str(word) for name, value in sizes.items() for word in (f"--{name}", value)]
+    return ["--train_file", files / "text.txt", *words]
+
+
+def test_deep_models_without_warmup_are_compared_at_their_best_rates(small, tmp_path, monkeypatch):
+    words = [*small, "--learning_rates", 1e30, 0.003, "--figure", tmp_path / "a.png"]
+    results = run(deep_without_warmup, monkeypatch, tmp_path / "out.json", *words)
+    assert set(results["best"]) == {"ReZero", "post-norm"} and (tmp_path / "a.png").stat().st_size > 10_000
+    assert all(best["learning_rate"] == 0.003 and 2.9 < best["mean"] < 9 for best in results["best"].values())
+    assert 2.9 < results["unigram_bpb"] < 3 and results["settings"]["corpus"] == "text.txt"
+    assert len(results["runs"]["ReZero lr=0.003 seed=1"]["curve"]) == 20
+    assert results["runs"]["ReZero lr=1e+30 seed=0"]["final"] == float("inf")
+    monkeypatch.setattr(deep_without_warmup, "train", None)
+    assert run(deep_without_warmup, monkeypatch, tmp_path / "out.json", *words)["runs"] == results["runs"]
+
+
+def test_defaults_are_held_against_the_default_of_the_same_seed(small, tmp_path, monkeypatch):
+    results = run(defaults, monkeypatch, tmp_path / "out.json", *small)
+    assert set(results["table"]) == set(defaults.VARIANTS) and len(results["runs"]) == 2 * len(defaults.VARIANTS)
+    finals = [results["runs"][f"ReLU seed={seed}"]["final"] for seed in (0, 1)]
+    base = [results["runs"][f"default seed={seed}"]["final"] for seed in (0, 1)]
+    assert results["table"]["ReLU"]["against_default_by_seed"] == [finals[0] - base[0], finals[1] - base[1]]
+    monkeypatch.setattr(defaults, "train", None)
+    assert run(defaults, monkeypatch, tmp_path / "out.json", *small)["runs"] == results["runs"]

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,15 @@ def test_a_run_that_was_killed_inside_it_ends_with_the_same_weights(make_model, 
     random_weights.lm_head.weight.data.normal_()
     with pytest.raises(ValueError, match="the weights are not those from which .*state.pt was learned"):
         make_trainer(random_weights, args, gradinit=config).train(resume_from_checkpoint=True)
+    for changed, message in (
+        ({"eta": 0.5}, r"state.pt was learned with eta=.*, now 0.5: give the arguments of the interrupted run"),
+        ({"algorithm": "sgd"}, "algorithm=adam, now sgd"),
+    ):
+        other = make_trainer(make_model(), args, gradinit=replace(config, **changed))
+        with pytest.raises(ValueError, match=message):
+            other.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="is of an interrupted GradInit, and this run has none"):
+        make_trainer(make_model(), args).train(resume_from_checkpoint=True)
     resumed = make_trainer(make_model(), args, gradinit=config)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.gradinit_report.scales == whole.gradinit_report.scales

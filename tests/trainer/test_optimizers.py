@@ -154,7 +154,7 @@ def test_arguments_survive_json_pickle_replace_and_the_command_line(arguments):
         ),
         ({"optim": "lookahead+gc+sgd"}, "'lookahead\\+gc\\+sgd': expected"),
         ({"optim": "gc+ranger"}, "ranger is Lookahead with centralised gradients already"),
-        ({"optim": "sgd", "optim_args": "lookahead_k=3"}, "came with lookahead_k"),
+        ({"optim": "sgd", "optim_args": "lookahead_k=3"}, "with lookahead_k"),
         ({"optim": "ranger", "optim_args": "k"}, "expected name=value"),
     ],
 )

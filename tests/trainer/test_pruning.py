@@ -217,6 +217,7 @@ def test_a_checkpoint_of_another_kind_of_pruning_is_refused(make_model, argument
     with pytest.raises(ValueError, match="was saved while masks were trained: give its --prune"):
         make_trainer(make_model(), args).train(resume_from_checkpoint=checkpoint)
     Path(checkpoint, "pruning.pt").unlink()
+    Path(checkpoint, "manifest.json").unlink()  # as an earlier release wrote it
     with pytest.raises(ValueError, match="is of step 6 and has no masks, and start_step=3: give a start_step from 6"):
         make_trainer(make_model(), args, pruning=pruning()).train(resume_from_checkpoint=checkpoint)
     plain = make_trainer(make_model(), args)

@@ -15,12 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.curves import STRIDE
-from common.record import provenance, read_json, write_json
+from common.record import once, read_json, write_json
 from hf_rezero import grow_, load_corpus, param_groups
 from hf_rezero.data.windows import ByteDataset, collate_bytes, evaluation_windows
-
-
-PLAIN = {"resweight_init": 1.0, "resweight_trainable": False}
+from hf_rezero.files import written_whole
 
 
 def add_arguments(parser: argparse.ArgumentParser, **defaults) -> None:
@@ -40,8 +38,8 @@ def build_model(config: dict, layers: int, args: argparse.Namespace) -> nn.Modul
     """A causal model of `config["model_type"]`, ReZero without one, at the sizes of `args`."""
     sizes = {name: getattr(args, name) for name in ("hidden_size", "num_attention_heads")}
     sizes |= {"max_position_embeddings": args.block_size, "num_hidden_layers": layers, "use_cache": False}
-    config = AutoConfig.for_model(**{"model_type": "rezero", "vocab_size": 264, **sizes, **config})
-    model = AutoModelForCausalLM.from_config(config).to(args.device)
+    made = AutoConfig.for_model(**{"model_type": "rezero", "vocab_size": 264, **sizes, **config})
+    model = AutoModelForCausalLM.from_config(made).to(args.device)
     if args.compile:
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
@@ -125,15 +123,19 @@ def write_checkpoint(args, steps: int, model: nn.Module, optimizer: torch.optim.
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    with written_whole(path) as temporary:
+        torch.save(state, temporary)
 
 
 def step(
     model: nn.Module, optimizer: torch.optim.Optimizer, rows: np.ndarray, args: argparse.Namespace
 ) -> torch.Tensor:
-    """One step; returns the loss in nats, on its device."""
-    loss = forward(model, collate_bytes(args.dataset.__getitems__(rows)), args).loss
+    """One step on some rows of the corpus; returns the loss in nats, on its device."""
+    return update(model, optimizer, forward(model, collate_bytes(args.dataset.__getitems__(rows)), args).loss)
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> torch.Tensor:
+    """One step along the gradients of a loss, clipped to 1; returns the loss."""
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -171,13 +173,18 @@ def evaluate(model: nn.Module, args: argparse.Namespace) -> float:
     """Bits per byte of windows from all over the test text, each byte but the first ones behind half a block."""
     model.eval()
     windows = evaluation_windows(args.corpus.test, args.block_size, args.block_size // 2)
-    total = count = 0
-    rows = np.linspace(0, len(windows) - 1, min(args.windows, len(windows)), dtype=int)
-    for part in np.array_split(rows, math.ceil(len(rows) / 64)):
-        batch = collate_bytes(windows.__getitems__(part))
-        scored = int((batch["labels"] != -100).sum())
-        total, count = total + forward(model, batch, args).loss.item() * scored, count + scored
-    return total / count / math.log(2)
+    count = min(args.windows, len(windows))
+    return bits_per_byte(lambda batch: forward(model, batch, args).loss, windows, count, math.ceil(count / 64))
+
+
+def bits_per_byte(loss: Callable[[dict], torch.Tensor], windows: ByteDataset, count: int, parts: int) -> float:
+    """The loss of `count` windows from all over a text, in some batches, each weighted by the bytes it scores."""
+    total = scored = 0
+    for rows in np.array_split(np.linspace(0, len(windows) - 1, count, dtype=int), parts):
+        batch = collate_bytes(windows.__getitems__(rows))
+        weight = int((batch["labels"] != -100).sum())
+        total, scored = total + loss(batch).item() * weight, scored + weight
+    return total / scored / math.log(2)
 
 
 def load_text(args: argparse.Namespace) -> None:
@@ -205,13 +212,8 @@ def run_grid(
     results["settings"]["corpus"] = Path(args.train_file).name
 
     def run(arm: str, rate: float, seed: int) -> float:
-        key = args.key = f"{arm} | lr={rate:g} | seed={seed}"
-        if key not in results["runs"]:
-            results["runs"][key] = arms[arm](rate, seed)
-            results["provenance"] = provenance()
-            write_json(args.output, results)
-            print(f"{key}: {results['runs'][key]['test']} in {results['runs'][key].get('seconds')} s", flush=True)
-        return results["runs"][key]["test"]
+        args.key = f"{arm} | lr={rate:g} | seed={seed}"
+        return once(args.output, results, args.key, lambda: arms[arm](rate, seed))["test"]
 
     for arm in arms:
         by_rate = partial(run, arm, seed=0)

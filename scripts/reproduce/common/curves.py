@@ -1,4 +1,4 @@
-"""What the training curves of `byte_lm` say: losses without their noise, and the steps to a loss."""
+"""What the training curves of `byte_lm` say: losses without their noise, the steps to a loss, and tables of both."""
 
 import numpy as np
 
@@ -37,3 +37,32 @@ def mean_curve(results: dict, arm: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Steps and smoothed loss, the mean of the seeds at the best learning rate; None where all of them diverged."""
     curves = [smooth(run["curve"]) for run in runs_of(results, arm) if len(run["curve"]) > 5]
     return (curves[0][0], np.mean([losses for _, losses in curves], axis=0)) if curves else None
+
+
+def by_seed(best: dict) -> str:
+    """The test losses of the seeds, in one cell."""
+    return ", ".join(f"{test:.3f}" for test in best["test"])
+
+
+def byte_models(results: dict, head: str) -> list[list[str]]:
+    """One row for each arm: its learning rate, the mean of its test losses, and each of them."""
+    rows = [[head, "best lr", "test bits per byte, mean", "by seed"]]
+    for arm, best in results["best"].items():
+        rows.append([arm, f"{best['learning_rate']:g}", f"{best['mean']:.3f}", by_seed(best)])
+    return rows
+
+
+def steps_to_losses(results: dict, head: str, targets: tuple[float, ...]) -> list[list[str]]:
+    """The rows of `byte_models`, each with its steps to the targets."""
+    rows = byte_models(results, head)
+    rows[0] += [f"steps to {target} bpb" for target in targets]
+    for row, arm in zip(rows[1:], results["best"], strict=True):
+        for target in targets:
+            steps = mean_steps_to(results, arm, target)
+            row.append("not reached" if steps is None else f"{steps:.0f}")
+    return rows
+
+
+def mean_of(runs: list[dict], field: str) -> float:
+    """The mean of one figure of several runs."""
+    return sum(run[field] for run in runs) / len(runs)

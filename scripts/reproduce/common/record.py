@@ -1,16 +1,20 @@
-"""Result files: what was run, on what, and the figures, written to a temporary name and moved into place."""
+"""Result files: what was run, on what, and the figures."""
 
 import json
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from hf_rezero.files import read_json, write_text
 
+
+__all__ = ["FIGURES", "RESULTS", "once", "provenance", "read_json", "save", "write_json", "write_text"]
 HERE = Path(__file__).parents[1]
 RESULTS, FIGURES = HERE / "results", HERE / "figures"
 
@@ -35,13 +39,21 @@ def _lines(path: Path) -> list[str]:
 
 def write_json(path: Path, content: dict) -> None:
     """Write `content` as JSON; a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_suffix(".tmp")
     text = json.dumps(content, indent=1)
-    flat_lists = re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), text)
-    temporary.write_text(flat_lists + "\n")
-    temporary.replace(path)
+    write_text(path, re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), text) + "\n")
 
 
-def read_json(path: Path) -> dict:
-    """The content of a result file, empty if it does not exist yet."""
-    return json.loads(path.read_text()) if path.exists() else {}
+def save(path: Path, results: dict) -> None:
+    """Write the results with the record of this run as their `provenance`."""
+    results["provenance"] = provenance()
+    write_json(path, results)
+
+
+def once(path: Path, results: dict, key: str, make: Callable[[], dict]) -> dict:
+    """The run of this name; what the results lack is made, written to the file and printed."""
+    if key not in results["runs"]:
+        run = results["runs"][key] = make()
+        save(path, results)
+        shown = {name: value for name, value in run.items() if not isinstance(value, (list, dict))}
+        print(f"{key}: {shown}", flush=True)
+    return results["runs"][key]

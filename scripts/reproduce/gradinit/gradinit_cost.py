@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common.record import RESULTS, provenance, write_json
+from common.record import RESULTS, save
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM
 from hf_rezero.initialization.gradinit import GradInit, half_overlap
 
@@ -207,6 +207,19 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def table(results: dict) -> list[list[str]]:
+    """One row for each kind of iteration, time and memory for each model."""
+    models = list(results["models"])
+    rows = [
+        ["one iteration, in training steps", *(f"{model}: {what}" for model in models for what in ("time", "memory"))]
+    ]
+    for name in dict.fromkeys(name for model in models for name in results["models"][model]["ratios"]):
+        found = [results["models"][model]["ratios"].get(name) for model in models]
+        cells = (f"{ratios[what]:.2f}" if ratios else "" for ratios in found for what in ("time", "memory"))
+        rows.append([name, *cells])
+    return rows
+
+
 def main() -> None:
     """Measure both models, print the ratios beside the targets, write the result file."""
     args = parse_args()
@@ -222,5 +235,5 @@ def main() -> None:
     epochs = 390 * dearest / (90_000_000 / args.tokens_per_step)
     print(f"390 iterations: {epochs:.2f} epochs of enwik8 at {args.tokens_per_step} tokens a step")
     settings = {name: value for name, value in vars(args).items() if name != "output"}
-    content = {"provenance": provenance(), "settings": settings, "targets": TARGETS, "models": results}
-    write_json(RESULTS / args.output, {**content, "epochs_of_enwik8_for_390_iterations": round(epochs, 3)})
+    content = {"settings": settings, "targets": TARGETS, "models": results}
+    save(RESULTS / args.output, {**content, "epochs_of_enwik8_for_390_iterations": round(epochs, 3)})

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -31,7 +32,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from common.record import FIGURES, RESULTS, provenance, read_json, write_json
+from common.images import HELP, endless_rows, floats, read_images, shifted
+from common.record import FIGURES, RESULTS, once, read_json, write_json
 from hf_rezero import gradinit_, metainit_, param_groups
 from hf_rezero.initialization.gradinit import GradInit, half_overlap
 from hf_rezero.initialization.metainit import random_batches
@@ -130,29 +132,17 @@ class Images:
     """Training and test images in memory, uint8 to normalised floats, averaged to fewer pixels if asked for."""
 
     def __init__(self, args: argparse.Namespace, size: int) -> None:
-        with np.load(args.image_file) as file:
-            data = {name: torch.from_numpy(file[name]) for name in ("train_x", "train_y", "test_x", "test_y")}
+        data = read_images(args.image_file)
         keep = slice(0, args.train_images or None)
-        self.train = self._floats(data["train_x"][keep], size), data["train_y"][keep].long()
-        self.test = self._floats(data["test_x"], size), data["test_y"].long()
+        self.train = F.adaptive_avg_pool2d(floats(data["train_x"][keep]), size), data["train_y"][keep].long()
+        self.test = F.adaptive_avg_pool2d(floats(data["test_x"]), size), data["test_y"].long()
         self.batch_size, self.device = min(args.batch_size, len(self.train[1])), args.device
 
-    @staticmethod
-    def _floats(pixels: Tensor, size: int) -> Tensor:
-        return F.adaptive_avg_pool2d(((pixels.float() / 255 - 0.5) / 0.25).permute(0, 3, 1, 2), size)
-
-    def epoch(self, rng: np.random.Generator) -> Iterator[Batch]:
-        """All training images once in a random order, cropped and flipped; what does not fill a batch is left out."""
-        order = rng.permutation(len(self.train[1]))
-        for start in range(0, len(order) - self.batch_size + 1, self.batch_size):
-            rows = torch.from_numpy(order[start : start + self.batch_size])
-            yield self._to(augment(self.train[0][rows], rng), self.train[1][rows])
-
     def forever(self, seed: int) -> Iterator[Batch]:
-        """Epoch after epoch."""
+        """Batches of training images in a random order, cropped and flipped; what does not fill a batch is left out."""
         rng = np.random.default_rng(seed)
-        while True:
-            yield from self.epoch(rng)
+        for rows in map(torch.from_numpy, endless_rows(len(self.train[1]), self.batch_size, rng)):
+            yield self._to(augment(self.train[0][rows], rng), self.train[1][rows])
 
     def accuracy(self, model: nn.Module) -> float:
         """Per cent of the test images."""
@@ -170,14 +160,10 @@ class Images:
 def augment(x: Tensor, rng: np.random.Generator) -> Tensor:
     """Each image flipped or not, and shifted by up to an eighth of its size, with black at the border."""
     pad = x.shape[-1] // 8
-    padded = F.pad(x, (pad,) * 4)
     rows, columns = (torch.from_numpy(rng.integers(0, 2 * pad + 1, len(x))) for _ in range(2))
-    line = torch.arange(x.shape[-1])
-    i = (rows[:, None] + line)[:, None, :, None]
-    j = (columns[:, None] + line)[:, None, None, :]
-    shifted = padded[torch.arange(len(x))[:, None, None, None], torch.arange(3)[None, :, None, None], i, j]
+    moved = shifted(x, rows, columns, pad)
     flipped = torch.from_numpy(rng.random(len(x)) < 0.5)[:, None, None, None]
-    return torch.where(flipped, shifted.flip(3), shifted)
+    return torch.where(flipped, moved.flip(3), moved)
 
 
 def image_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -358,7 +344,6 @@ def run_all(args: argparse.Namespace) -> dict:
     left_out = ("image_file", "output", "figures", "device", "networks", "ablated", "faster")
     results = read_json(args.output) or {"runs": {}}
     results["settings"] = {name: value for name, value in vars(args).items() if name not in left_out}
-    results["provenance"] = provenance()
     sizes = {"vgg": 32, "resnet": args.resnet_image_size}
     data = {family: Images(args, size) for family, size in sizes.items()}
     plan = [(n, arm, seed) for seed in range(args.seeds) for n in args.networks for arm in STARTS]
@@ -367,11 +352,8 @@ def run_all(args: argparse.Namespace) -> dict:
     for name, arm, seed in plan:
         for lr in args.learning_rates:
             key = f"{name} | {arm} | lr={lr:g} | seed={seed}"
-            if key not in results["runs"]:
-                images = data[NETWORKS[name].family]
-                results["runs"][key] = run(name, arm, images, lr, seed, args)
-                write_json(args.output, results)
-                print("{}: {first_epoch} {best} {seconds}".format(key, **results["runs"][key]), flush=True)
+            images = data[NETWORKS[name].family]
+            once(args.output, results, key, partial(run, name, arm, images, lr, seed, args))
     return results
 
 
@@ -390,7 +372,7 @@ def run(name: str, arm: str, images: Images, lr: float, seed: int, args: argpars
     return figures | {"seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())} | found
 
 
-def table(results: dict) -> dict[str, list[float]]:
+def averages(results: dict) -> dict[str, list[float]]:
     """Mean over the seeds of first-epoch and best accuracy, by what else a run is named."""
     groups: dict[str, list[dict]] = {}
     for key, figures in results["runs"].items():
@@ -399,6 +381,17 @@ def table(results: dict) -> dict[str, list[float]]:
         key: [round(mean(run[figure] for run in runs), 1) for figure in ("first_epoch", "best")]
         for key, runs in groups.items()
     }
+
+
+def table(results: dict) -> list[list[str]]:
+    """One row for each initialisation, one column for each net: accuracy after the first epoch, and the best."""
+    cells = {}
+    for key, (first, best) in results["table"].items():
+        net, arm, rate = key.split(" | ")
+        cells.setdefault(arm, {}).setdefault(net, []).append((best, f"{first:.1f} / {best:.1f} ({rate[3:]})"))
+    nets = list(cells["Kaiming"])
+    rows = [["first-epoch / best test accuracy, % (lr)", *nets]]
+    return [*rows, *([arm, *(max(row.get(net, [(0, "")]))[1] for net in nets)] for arm, row in cells.items())]
 
 
 # --- figures
@@ -452,10 +445,13 @@ KINDS = {
 }
 
 
+DRAWINGS = {"gradinit_variance": draw_variance, "gradinit_scales": draw_scales}
+
+
 def main() -> None:
     """Run the comparison, write the result file and the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--image_file", required=True, help=".npz with train_x, train_y, test_x, test_y (uint8, NHWC)")
+    parser.add_argument("--image_file", required=True, help=HELP)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--ablated", choices=["", *NETWORKS], default="VGG-19 BN", help="net of the ablations")
     parser.add_argument("--faster", action="store_true", help="ResNet-110 BN also with 5 times the lr of the scales")
@@ -477,7 +473,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = run_all(args)
-    results["table"] = table(results)
+    results["table"] = averages(results)
     write_json(args.output, results)
     draw_variance(results, args.figures / "gradinit_variance.png")
     draw_scales(results, args.figures / "gradinit_scales.png")

@@ -12,10 +12,8 @@ The claim is Zhu et al. 2021: post-norm Transformers train without warmup after 
 """
 
 import argparse
-import math
 import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -24,11 +22,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from common.record import FIGURES, RESULTS, provenance, read_json, write_json
-from hf_rezero import ReZeroConfig, ReZeroForCausalLM, gradinit_, load_corpus, param_groups
-from hf_rezero.data.windows import ByteDataset, collate_bytes
+from common import first_steps
+from common.first_steps import add_arguments, batches, byte_model, unigram_bpb
+from common.record import FIGURES, RESULTS, once, read_json, write_json
+from common.rules import PLAIN
+from hf_rezero import ReZeroForCausalLM, gradinit_, load_corpus
+from hf_rezero.data.corpora import Corpus
 from hf_rezero.plots import save_figure
-from rezero.deep_without_warmup import PLAIN, final
 
 
 POST = {"norm_position": "post", **PLAIN}
@@ -64,10 +64,7 @@ ARMS = {
 
 def build(arm: Arm, seed: int, args: argparse.Namespace) -> ReZeroForCausalLM:
     """A model before its training."""
-    torch.manual_seed(seed)
-    shape = {"hidden_size": args.hidden_size, "num_hidden_layers": args.layers, "num_attention_heads": 2}
-    shape |= {"max_position_embeddings": args.block_size, "use_cache": False}
-    model = ReZeroForCausalLM(ReZeroConfig(**shape, **arm.config))
+    model = byte_model(arm.config, seed, args)
     if arm.std:
         for name, weight in model.named_parameters():
             if "layers." in name and weight.ndim == 2:
@@ -75,17 +72,8 @@ def build(arm: Arm, seed: int, args: argparse.Namespace) -> ReZeroForCausalLM:
     return model
 
 
-def batches(args: argparse.Namespace, seed: int, count: int) -> list[Mapping]:
-    """The first batches of a random order of the training text."""
-    dataset = ByteDataset(args.corpus.train, args.block_size)
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    rows = [order[i * args.batch_size : (i + 1) * args.batch_size] for i in range(count)]
-    return [collate_bytes(dataset.__getitems__(part)) for part in rows]
-
-
-def initialise(model: ReZeroForCausalLM, eta: float, gamma: float, seed: int, args: argparse.Namespace) -> dict:
+def initialise(model: ReZeroForCausalLM, eta: float, gamma: float, source: list, args: argparse.Namespace) -> dict:
     """Run GradInit and return what is worth keeping of its report."""
-    source = batches(args, seed + 1000, args.init_steps + 1)
     options = {"eta": eta, "gamma": gamma, "scale_lr": args.scale_lr, "max_scale": 100.0}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "frozen parameters")  # the residual weights of 1
@@ -99,51 +87,29 @@ def initialise(model: ReZeroForCausalLM, eta: float, gamma: float, seed: int, ar
     }
 
 
-def train(arm: Arm, learning_rate: float, seed: int, args: argparse.Namespace) -> dict:
-    """Train one model; the curve is the training loss of every step in bits per byte."""
+def train(arm: Arm, rate: float, seed: int, text: np.ndarray, args: argparse.Namespace) -> dict:
+    """Initialise and train one model; the curve is the training loss of every step in bits per byte."""
     model, start = build(arm, seed, args), time.perf_counter()
     found = {}
     if arm.eta_gamma:
-        found = initialise(model, learning_rate, arm.eta_gamma / learning_rate, seed, args)
-    optimizer = torch.optim.AdamW(param_groups(model), lr=learning_rate, betas=(0.9, 0.95), fused=True)
+        source = batches(text, seed + 1000, args.init_steps + 1, args)
+        found = initialise(model, rate, arm.eta_gamma / rate, source, args)
     warmup = int(args.warmup_share * args.steps) if arm.warmup else 1
-    curve = []
-    for step, batch in enumerate(batches(args, seed, args.steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / warmup)
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append(round(loss.item() / math.log(2), 4))
-        if not math.isfinite(curve[-1]):
-            break
-    seconds = round(time.perf_counter() - start, 1)
-    return {"final": final(curve, args.steps), "curve": curve, "seconds": seconds, **found}
+    losses = first_steps.train(model, batches(text, seed, args.steps, args), rate, warmup)
+    return losses | {"seconds": round(time.perf_counter() - start, 1), **found}
 
 
-def unigram_bpb(corpus: np.ndarray) -> float:
-    """The entropy of single bytes: what a model reaches that ignores its context."""
-    share = np.bincount(corpus, minlength=256) / len(corpus)
-    return float(-(share[share > 0] * np.log2(share[share > 0])).sum())
-
-
-def run_all(args: argparse.Namespace) -> dict:
+def run_all(args: argparse.Namespace, corpus: Corpus) -> dict:
     """Run what the result file does not hold yet: the grid of each arm, then its other seeds."""
     kept = ("layers", "hidden_size", "block_size", "batch_size", "steps", "init_steps", "scale_lr", "warmup_share")
     results = read_json(args.output) or {"runs": {}, "best": {}}
-    results["settings"] = {"corpus": Path(args.corpus.name).name} | {name: getattr(args, name) for name in kept}
-    results["provenance"] = provenance()
-    results["unigram_bpb"] = unigram_bpb(args.corpus.train)
+    results["settings"] = {"corpus": Path(corpus.name).name} | {name: getattr(args, name) for name in kept}
+    results["unigram_bpb"] = unigram_bpb(corpus.train)
 
     def run(arm: str, learning_rate: float, seed: int) -> float:
         key = f"{arm} | lr={learning_rate:g} | seed={seed}"
-        if key not in results["runs"]:
-            results["runs"][key] = train(ARMS[arm], learning_rate, seed, args)
-            write_json(args.output, results)
-            print("{}: {final:.3f} bits per byte, {seconds} s".format(key, **results["runs"][key]), flush=True)
-        return results["runs"][key]["final"]
+        run = once(args.output, results, key, lambda: train(ARMS[arm], learning_rate, seed, corpus.train, args))
+        return run["final"]
 
     # All arms with one seed first: an interrupted run has something to show.
     grids = {arm: {rate: run(arm, rate, 0) for rate in args.learning_rates} for arm in args.arms}
@@ -181,27 +147,29 @@ def draw(results: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
+def table(results: dict) -> list[list[str]]:
+    """One row for each arm at its best rate."""
+    rows = [["12 layers x 64, no warmup unless named", "best lr", "bpb, mean of the seeds", "by seed"]]
+    for arm, best in results["best"].items():
+        by_seed = ", ".join(f"{final:.2f}" for final in best["final_by_seed"])
+        rows.append([arm, f"{best['learning_rate']:g}", f"{best['mean']:.2f}", by_seed])
+    return [*rows, ["unigram entropy of the corpus", "", f"{results['unigram_bpb']:.2f}", ""]]
+
+
 def main() -> None:
     """Run the comparison, write the result file and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train_file", default="python-stdlib", help="corpus: a file or a name of load_corpus")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden_size", type=int, default=64)
-    parser.add_argument("--block_size", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=200)
+    add_arguments(parser, layers=12, block_size=64, steps=200, seeds=3)
     parser.add_argument("--init_steps", type=int, default=60, help="iterations of GradInit")
     parser.add_argument("--scale_lr", type=float, default=0.03, help="learning rate of its scales")
     parser.add_argument("--warmup_share", type=float, default=0.25, help="of the steps, in the arm with warmup")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
     parser.add_argument("--output", type=Path, default=RESULTS / "gradinit_post_norm.json")
     parser.add_argument("--figures", type=Path, default=FIGURES)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.corpus = load_corpus(args.train_file)
-    results = run_all(args)
+    results = run_all(args, load_corpus(args.train_file))
     draw(results, args.figures / "gradinit_post_norm.png")
     for arm, best in results["best"].items():
         print(f"{arm:40s} lr {best['learning_rate']:<6g} {best['mean']:.3f} of {best['final_by_seed']}")

@@ -18,7 +18,7 @@ import torch
 from torch import optim
 from tqdm import tqdm
 
-from common.record import RESULTS, provenance, read_json, write_json
+from common.record import RESULTS, read_json, save
 from hf_rezero import LAMB, LARS, Muon, RAdam, Ranger, RangerLARS, centralize_gradients, lookahead
 
 
@@ -80,7 +80,7 @@ def peers() -> dict:
 def timm_peers() -> dict:
     """The optimizers of timm, whose package as a whole cannot be imported without torchvision."""
     spec = importlib.util.find_spec("timm")
-    if spec is None:
+    if spec is None or spec.submodule_search_locations is None:
         return {}
     for name, folder in (("timm", ""), ("timm.optim", "/optim")):
         package = types.ModuleType(name)
@@ -121,6 +121,16 @@ def compare(build, params, turns: int, device: str) -> dict:
     }
 
 
+def table(results: dict) -> list[list[str]]:
+    """One row for each optimizer, one column for each width."""
+    widths = list(next(iter(results["results"].values())))
+    rows = [["step, as a ratio to torch AdamW foreach", *(f"width {w}" for w in widths), "state / parameters"]]
+    for name, by_width in results["results"].items():
+        ratios = (f"{by_width[width]['ratio']:.2f}" for width in widths)
+        rows.append([name, *ratios, f"{by_width[widths[-1]]['state_per_parameter']:.0f}"])
+    return rows
+
+
 def main() -> None:
     """Time every optimizer at every width, and write the results as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,6 +149,6 @@ def main() -> None:
         for name, build in tqdm(optimizers.items(), desc=f"width {width}"):
             if args.only in name:
                 results.setdefault(name, {})[str(width)] = compare(build, params, args.turns, args.device)
-                write_json(path, provenance() | {"device": args.device, "turns": args.turns, "results": results})
+                save(path, {"device": args.device, "turns": args.turns, "results": results})
     for name, by_width in results.items():
         print(f"{name:36}" + "".join(f"{r['ratio']:>8.2f}" for r in by_width.values()))

@@ -30,12 +30,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from common.record import FIGURES, RESULTS, provenance, read_json, write_json
+from common.byte_lm import bits_per_byte
+from common.images import HELP, endless_rows, floats, read_images
+from common.record import FIGURES, RESULTS, once, read_json, write_json
+from common.rules import PLAIN
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, load_corpus, param_groups
 from hf_rezero.data.windows import ByteDataset, collate_bytes, evaluation_windows
 from hf_rezero.optim import LAMB, LARS, RAdam, Ranger, RangerLARS, lookahead
 from hf_rezero.plots import save_figure
-from rezero.deep_without_warmup import PLAIN
 
 
 TASKS = (
@@ -165,28 +167,18 @@ class Text:
         return {name: self._bits_per_byte(model, windows) for name, windows in self.held_out.items()}
 
     def _bits_per_byte(self, model: nn.Module, windows: ByteDataset) -> float:
-        total = count = 0
-        for rows in np.array_split(np.linspace(0, len(windows) - 1, EVALUATED_WINDOWS, dtype=int), 4):
-            batch = collate_bytes(windows.__getitems__(rows))
-            scored = int((batch["labels"] != -100).sum())
-            total, count = total + model(**batch).loss.item() * scored, count + scored
-        return total / count / math.log(2)
+        return bits_per_byte(lambda batch: model(**batch).loss, windows, EVALUATED_WINDOWS, 4)
 
 
 class Images:
     """Classes of images; losses in nats, `test` in per cent of images classified rightly."""
 
     def __init__(self, image_file: str):
-        with np.load(image_file) as file:
-            data = {name: torch.from_numpy(file[name]) for name in ("train_x", "train_y", "test_x", "test_y")}
-        x, y = self._normalized(data["train_x"]), data["train_y"].long()
+        data = read_images(image_file)
+        x, y = floats(data["train_x"]), data["train_y"].long()
         held_out = min(VALIDATION_IMAGES, len(x) // 2)
         self.train, self.validation = (x[:-held_out], y[:-held_out]), (x[-held_out:], y[-held_out:])
-        self.test = self._normalized(data["test_x"]), data["test_y"].long()
-
-    @staticmethod
-    def _normalized(pixels: Tensor) -> Tensor:
-        return ((pixels.float() / 255 - 0.5) / 0.25).permute(0, 3, 1, 2)  # in memory still channels last
+        self.test = floats(data["test_x"]), data["test_y"].long()
 
     def model(self) -> nn.Module:
         """Four convolutions with batch norm, 98,970 parameters."""
@@ -250,17 +242,10 @@ def tasks(args: argparse.Namespace) -> dict[str, Task]:
 # --- runs
 
 
-def batches(length: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Row numbers without end, in a new order for each pass."""
-    while True:
-        order = rng.permutation(length)
-        yield from (order[i : i + batch_size] for i in range(0, length - batch_size + 1, batch_size))
-
-
 def rows_of(task: Task, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """The batches of a run."""
     length = len(task.data.train) if isinstance(task.data, Text) else len(task.data.train[0])
-    return batches(length, min(task.batch_size, length), rng)
+    return endless_rows(length, task.batch_size, rng)
 
 
 def train(task: Task, arm: Arm, learning_rate: float, seed: int) -> dict:
@@ -319,12 +304,7 @@ def run_all(args: argparse.Namespace) -> dict:
 
     def run(name: str, arm: str, learning_rate: float, seed: int) -> dict:
         key = f"{name} | {arm} | lr={learning_rate:g} | seed={seed}"
-        if key not in results["runs"]:
-            results["runs"][key] = train(todo[name], ARMS[arm], learning_rate, seed)
-            results["provenance"] = provenance()
-            write_json(args.output, results)
-            print("{}: {validation:.3f} {test:.3f}".format(key, **results["runs"][key]), flush=True)
-        return results["runs"][key]
+        return once(args.output, results, key, lambda: train(todo[name], ARMS[arm], learning_rate, seed))
 
     for name, task in todo.items():
         for arm in task.arms:
@@ -460,11 +440,31 @@ def draw_first_steps(results: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
+def table(results: dict) -> list[list[str]]:
+    """One row for each optimizer, one column for each task: mean and spread of the seeds, and the best rate."""
+    tasks = {
+        "ReZero LM, batch 4": ("bpb", 3),
+        "ReZero LM, batch 24": ("bpb", 3),
+        "post-norm LM, init 0.02, batch 4": ("bpb", 3),
+        "conv net, batch 32": ("%", 1),
+        "conv net, batch 512": ("%", 1),
+    }
+    rows = [["test, mean ± spread of 3 seeds (lr)", *(f"{task}, {unit}" for task, (unit, _) in tasks.items())]]
+    for arm in dict.fromkeys(arm for task in tasks for arm in results["best"][task]):
+        best = [(results["best"][task].get(arm), digits) for task, (_, digits) in tasks.items()]
+        text = "{mean:.{digits}f} ± {spread:.{digits}f} ({learning_rate:g})"
+        rows.append([arm, *(text.format(**run, digits=digits) if run else "" for run, digits in best)])
+    return rows
+
+
+DRAWINGS = {"optimizers": draw, "optimizers_gradient_distribution": draw_first_steps}
+
+
 def main() -> None:
     """Run the comparison, write the result file and the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train_file", default="python-stdlib", help="corpus: a file or a name of load_corpus")
-    parser.add_argument("--image_file", required=True, help=".npz with train_x, train_y, test_x, test_y (uint8, NHWC)")
+    parser.add_argument("--image_file", required=True, help=HELP)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, default=3)

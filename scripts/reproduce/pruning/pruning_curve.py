@@ -20,9 +20,10 @@ the strengths of the masks, which only place the points along the axis.
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -31,7 +32,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from common.record import FIGURES, RESULTS, provenance, read_json, write_json
+from common.byte_lm import bits_per_byte
+from common.curves import mean_of
+from common.images import HELP, endless_rows, floats, read_images
+from common.record import FIGURES, RESULTS, once, read_json, write_json
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, load_corpus, param_groups, pruning
 from hf_rezero.data.windows import ByteDataset, collate_bytes, evaluation_windows
 from hf_rezero.plots import save_figure
@@ -70,16 +74,15 @@ class Images:
     learning_rate, weight_l1, weight_l2 = 1.5e-3, 5e-5, 2.5e-4
 
     def __init__(self, args: argparse.Namespace):
-        with np.load(args.image_file) as file:
-            data = {name: torch.from_numpy(file[name]) for name in ("train_x", "train_y", "test_x", "test_y")}
-        self.train = self._floats(data["train_x"]), data["train_y"].long()
-        self.test = self._floats(data["test_x"]), data["test_y"].long()
+        data = read_images(args.image_file)
+        self.train = self._small(data["train_x"]), data["train_y"].long()
+        self.test = self._small(data["test_x"]), data["test_y"].long()
         self.length, self.batch_size = len(self.train[1]), 32
 
     @staticmethod
-    def _floats(pixels: Tensor) -> Tensor:
-        x = ((pixels.float() / 255 - 0.5) / 0.25).permute(0, 3, 1, 2)
-        return nn.functional.adaptive_avg_pool2d(x, 16).contiguous(memory_format=torch.channels_last)
+    def _small(pixels: Tensor) -> Tensor:
+        x = nn.functional.adaptive_avg_pool2d(floats(pixels), 16)
+        return x.contiguous(memory_format=torch.channels_last)
 
     def model(self) -> nn.Module:
         """83,610 parameters, 65,536 of them behind the flattened picture."""
@@ -135,7 +138,7 @@ class Text:
         """AdamW."""
         return torch.optim.AdamW(param_groups(model, weight_decay=self.weight_decay), self.learning_rate, fused=True)
 
-    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+    def batch(self, rows: np.ndarray) -> Mapping[str, Tensor]:
         """What the model reads."""
         return collate_bytes(self.train.__getitems__(rows))
 
@@ -150,12 +153,7 @@ class Text:
 
     def evaluate(self, model: nn.Module) -> float:
         """Bits per byte of windows from all over the text."""
-        total = count = 0
-        for rows in np.array_split(np.linspace(0, len(self.test) - 1, EVALUATED_WINDOWS, dtype=int), 8):
-            batch = collate_bytes(self.test.__getitems__(rows))
-            scored = int((batch["labels"] != -100).sum())
-            total, count = total + model(**batch).loss.item() * scored, count + scored
-        return total / count / math.log(2)
+        return bits_per_byte(lambda batch: model(**batch).loss, self.test, EVALUATED_WINDOWS, 8)
 
 
 @dataclass(frozen=True)
@@ -252,11 +250,8 @@ def shortened(task: Task, args: argparse.Namespace) -> Task:
 
 
 def row_batches(task: Task, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Row numbers without end, in a new order for each pass."""
-    size = min(task.data.batch_size, task.data.length)
-    while True:
-        order = rng.permutation(task.data.length)
-        yield from (order[i : i + size] for i in range(0, len(order) - size + 1, size))
+    """The batches of a run."""
+    return endless_rows(task.data.length, task.data.batch_size, rng)
 
 
 def some_rows(task: Task, rng: np.random.Generator) -> list[np.ndarray]:
@@ -390,11 +385,7 @@ def run_seed(args: argparse.Namespace, results: dict, name: str, task: Task, see
             if key in results["runs"] or method.endswith("scratch") and source is None:
                 continue
             kept = source.get("kept", {}) if method.endswith("scratch") else None
-            results["runs"][key] = run(task, method, setting, seed, deepcopy(trained), kept)
-            results["provenance"] = provenance()
-            write_json(args.output, results)
-            shown = "{removed:.1%} {after_removal} -> {quality} in {seconds} s"
-            print(f"{key}: {shown.format(**results['runs'][key])}", flush=True)
+            once(args.output, results, key, partial(run, task, method, setting, seed, deepcopy(trained), kept))
 
 
 # --- conclusions
@@ -491,6 +482,34 @@ def gap(curves: dict[str, np.ndarray], a: str, b: str, data: type[Images] | type
     return differences if len(differences) else np.array([math.nan])
 
 
+def images_table(results: dict) -> list[list[str]]:
+    """One row for each method, accuracy and fraction removed at each setting."""
+    return _table(results, ("images",), 1)
+
+
+def text_table(results: dict) -> list[list[str]]:
+    """One row for each method on the two byte models, bits per byte and fraction removed at each setting."""
+    return _table(results, ("text", "depth"), 3)
+
+
+def _table(results: dict, tasks: tuple[str, ...], digits: int) -> list[list[str]]:
+    """Means over the seeds, in the order of the fraction removed."""
+    cells: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    for key, record in results["runs"].items():
+        task, method, setting, _ = key.split(" | ")
+        if task in tasks:
+            cells.setdefault((task, method), {}).setdefault(setting, []).append(record)
+    columns, unit = max(map(len, cells.values())), results["tasks"][tasks[0]]["unit"]
+    rows = [[f"{unit} (weights removed)", "seeds", *[""] * columns]]
+    for (task, method), by_setting in cells.items():
+        found = sorted((mean_of(runs, "removed"), mean_of(runs, "quality")) for runs in by_setting.values())
+        points = [f"{quality:.{digits}f} ({removed:.0%})" for removed, quality in found]
+        name = method if len(tasks) == 1 else f"{results['tasks'][task]['title']}: {method}"
+        seeds = max(map(len, by_setting.values()))
+        rows.append([name, f"{seeds}", *points, *[""] * (columns - len(points))])
+    return rows
+
+
 # --- figure
 
 
@@ -515,13 +534,16 @@ def draw(results: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
+TABLES = {"pruning_curve_images": images_table, "pruning_curve_text": text_table}
+
+
 def main() -> None:
     """Run the comparison, write the result file with its verdicts, and the figure."""
     scratch = tuple(f"{method} from scratch" for method in ("unpruned", "L1", "first k"))
     methods = ("unpruned", *LEARNED, *SCORED, *scratch)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train_file", default="python-stdlib", help="corpus: a file or a name of load_corpus")
-    parser.add_argument("--image_file", required=True, help=".npz with train_x, train_y, test_x, test_y (uint8, NHWC)")
+    parser.add_argument("--image_file", required=True, help=HELP)
     parser.add_argument("--tasks", nargs="+", choices=("images", "text", "depth"), default=["images", "text", "depth"])
     parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
     parser.add_argument("--seeds", type=int, default=3, help="of the images; the others have one")

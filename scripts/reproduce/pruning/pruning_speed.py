@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import trange
 
-from common.record import RESULTS, provenance, read_json, write_json
+from common.record import RESULTS, read_json, save
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, param_groups
 from hf_rezero.pruning import attach_masks, find_groups, prune_, weight_uses
 
@@ -49,8 +49,8 @@ def products(model: ReZeroForCausalLM) -> float:
     """Multiplications of a forward pass: of all weights, and of queries with keys and weights with values."""
     weights = {name: module.weight.numel() for name, module in model.named_modules() if hasattr(module, "weight")}
     linear = sum(count * weights[name] for name, count in weight_uses(model, batch()).items())
-    widths = [layer.self_attn.q_proj.out_features for layer in model.model.layers if layer.self_attn is not None]
-    return linear + sum(2 * BATCH * LENGTH * LENGTH * width for width in widths)
+    widths = [int(layer.self_attn.q_proj.out_features) for layer in model.model.layers if layer.self_attn is not None]
+    return float(linear) + sum(2 * BATCH * LENGTH * LENGTH * width for width in widths)
 
 
 def halved(model: ReZeroForCausalLM, targets: list[str]) -> ReZeroForCausalLM:
@@ -133,6 +133,18 @@ STEPS = {
 }
 
 
+def table(results: dict) -> list[list[str]]:
+    """One row for each model and what went, then one for each kind of mask."""
+    rows = [["", "forward pass, time", "products", "file", "parameters", "training step with masks"]]
+    for name, ratios in results["forward"].items():
+        cells = (f"{ratios[key]:.2f}" for key in ("time", "products", "file", "parameters"))
+        rows.append([f"{name}: half removed", *cells, ""])
+    return [
+        *rows,
+        *([f"masks: {name}", "", "", "", "", f"{ratio:.2f}"] for name, ratio in results["training"].items()),
+    ]
+
+
 def main() -> None:
     """Run what is not in the result file yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -140,16 +152,17 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure anew what the result file has")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = {} if args.again else read_json(RESULT)
-    forward, training = results.setdefault("forward", {}), results.setdefault("training", {})
+    known = {} if args.again else read_json(RESULT)
+    results = {part: known.get(part, {}) for part in ("forward", "training")}
+    forward, training = results.values()
     for name in MODELS:
         model = make_model(name)
         for title, targets in (("heads and neurons", ["heads", "neurons"]), ("layers", ["layers"])):
             if f"{name}, {title}" not in forward:
                 forward[f"{name}, {title}"] = compare_forward(model, halved(model, targets), args.turns)
-                write_json(RESULT, results | provenance())
+                save(RESULT, results)
         for title, (kind, options) in STEPS.items():
             if f"{name}, {title}" not in training:
                 training[f"{name}, {title}"] = compare_training(model, kind, options, args.turns)
-                write_json(RESULT, results | provenance())
+                save(RESULT, results)
     print(*forward.items(), *training.items(), sep="\n")

@@ -14,39 +14,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from common.byte_lm import PLAIN, adamw, add_arguments, build_model, run_grid, step_seconds, train
-from common.curves import mean_curve, runs_of, steps_to
+from common.byte_lm import adamw, add_arguments, build_model, run_grid, step_seconds, train
+from common.curves import mean_curve, runs_of, steps_to, steps_to_losses
 from common.record import FIGURES, RESULTS, write_json
+from common.rules import ARMS, LADDER, START, config_of
 from hf_rezero.plots import save_figure
-
-
-WARMUP = 0.1
-# config and share of warmup; c is 1/sqrt(2L), as in the initialisation of GPT-2
-ARMS = {
-    "ReZero, w = 0": ({}, 0),
-    "ReZero, w = 1/sqrt(2L)": ({"resweight_init": "1/sqrt(2L)"}, 0),
-    "ReZero, w = 1": ({"resweight_init": 1.0}, 0),
-    "pre-norm, x + F(N(x))": ({"norm_position": "pre", **PLAIN}, 0),
-    "pre-norm + warmup": ({"norm_position": "pre", **PLAIN}, WARMUP),
-    "pre-norm, x + cF(N(x)), + warmup": (
-        {"norm_position": "pre", "resweight_init": "1/sqrt(2L)", "resweight_trainable": False},
-        WARMUP,
-    ),
-    "branch norm, x + N(F(x))": ({"norm_position": "branch", **PLAIN}, 0),
-    "post-norm, N(x + F(x))": ({"norm_position": "post", **PLAIN}, 0),
-    "post-norm + warmup": ({"norm_position": "post", **PLAIN}, WARMUP),
-    "DyT, x + F(D(x))": ({"norm_position": "pre", "norm_type": "dyt", **PLAIN}, 0),
-    "GPT-2 + warmup": ({"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, WARMUP),
-    "Llama + warmup": ({"model_type": "llama", "intermediate_size": "8/3 D"}, WARMUP),
-}
-LADDER = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
-START = 3e-3
-
-
-def config_of(arm: str, layers: int, args: argparse.Namespace) -> dict:
-    """The config of an arm with the values that depend on its size."""
-    values = {"1/sqrt(2L)": (2 * layers) ** -0.5, "8/3 D": 8 * args.hidden_size // 3}
-    return {name: values.get(value, value) for name, value in ARMS[arm][0].items()}
 
 
 def draw(results: dict, path: Path) -> None:
@@ -60,6 +32,25 @@ def draw(results: dict, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save_figure(figure, path)
+
+
+def table(results: dict) -> list[list[str]]:
+    """One row for each rule: test loss, steps to the targets, and the time of a step."""
+    rows = steps_to_losses(results, "12 layers x 64", (4.0, 3.5, 3.0))
+    return [[*row, ms] for row, ms in zip(rows, ["ms a step", *_step_times(results)], strict=True)]
+
+
+def articles_table(results: dict) -> list[list[str]]:
+    """One row for each rule: test loss and steps to the targets."""
+    return steps_to_losses(results, "12 layers x 64", (4.0, 3.5, 3.0))
+
+
+def _step_times(results: dict) -> list[str]:
+    return [f"{1000 * results['step_seconds'][arm]:.0f}" for arm in results["best"]]
+
+
+TABLES = {"convergence": table, "convergence_articles": articles_table}
+DRAWINGS = {"convergence": draw, "convergence_articles": draw}
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ The claim is Bachlechner et al. 2020, sections 1 and 5: deep post-norm Transform
 """
 
 import argparse
-import math
+import re
 from pathlib import Path
 from statistics import mean
 
@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from common.record import FIGURES, RESULTS, provenance, read_json, write_json
-from hf_rezero import ReZeroConfig, ReZeroForCausalLM, load_corpus, param_groups
-from hf_rezero.data.windows import ByteDataset, collate_bytes
+from common.first_steps import add_arguments, batches, byte_model, train, unigram_bpb
+from common.record import FIGURES, RESULTS, once, read_json, write_json
+from common.rules import PLAIN
+from hf_rezero import load_corpus
+from hf_rezero.data.corpora import Corpus
 from hf_rezero.plots import save_figure
 
 
-PLAIN = {"resweight_init": 1.0, "resweight_trainable": False}
 ARMS = {
     "ReZero": {},
     "post-norm": {"norm_position": "post", **PLAIN},
@@ -30,51 +31,20 @@ ARMS = {
 }
 
 
-def train(config: dict, learning_rate: float, seed: int, args: argparse.Namespace) -> list[float]:
-    """Train one model and return the training loss of every step in bits per byte."""
-    torch.manual_seed(seed)
-    shape = {"hidden_size": args.hidden_size, "num_hidden_layers": args.layers, "num_attention_heads": 2}
-    shape |= {"max_position_embeddings": args.block_size, "use_cache": False}
-    model = ReZeroForCausalLM(ReZeroConfig(**shape, **config))
-    optimizer = torch.optim.AdamW(param_groups(model), lr=learning_rate, betas=(0.9, 0.95), fused=True)
-    dataset = ByteDataset(args.corpus.train, args.block_size)
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    curve = []
-    for step in range(args.steps):
-        rows = order[step * args.batch_size : (step + 1) * args.batch_size]
-        loss = model(**collate_bytes(dataset.__getitems__(rows))).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append(loss.item() / math.log(2))
-        if not math.isfinite(curve[-1]):
-            break
-    return curve
+def run_all(args: argparse.Namespace, corpus: Corpus) -> dict:
+    """Run what the result file does not hold yet: the grid of each arm, then the other seeds at its best rate."""
+    kept = {
+        name: value for name, value in vars(args).items() if name not in ("output", "figure", "train_file", "arms")
+    }
+    results = read_json(args.output) or {"settings": kept | {"corpus": Path(corpus.name).name}, "runs": {}}
+    results["unigram_bpb"] = unigram_bpb(corpus.train)
 
+    def train_arm(arm: str, rate: float, seed: int) -> dict:
+        return train(byte_model(ARMS[arm], seed, args), batches(corpus.train, seed, args.steps, args), rate)
 
-def final(curve: list[float], steps: int) -> float:
-    """Mean of the last tenth of the steps; infinite for a run that broke off."""
-    return mean(curve[-steps // 10 :]) if len(curve) == steps else math.inf
-
-
-def run_all(args: argparse.Namespace) -> dict:
-    """Run what the result file does not hold yet."""
-    results = read_json(args.output) or {"settings": vars(args) | {"corpus": Path(args.corpus.name).name}, "runs": {}}
-    for name in ("output", "train_file", "arms"):
-        results["settings"].pop(name, None)
-    results["provenance"] = provenance()
-    unigram = np.bincount(args.corpus.train, minlength=256) / len(args.corpus.train)
-    results["unigram_bpb"] = float(-(unigram[unigram > 0] * np.log2(unigram[unigram > 0])).sum())
-
-    def run(arm: str, learning_rate: float, seed: int) -> float:
-        key = f"{arm} lr={learning_rate:g} seed={seed}"
-        if key not in results["runs"]:
-            curve = train(ARMS[arm], learning_rate, seed, args)
-            results["runs"][key] = {"final": final(curve, args.steps), "curve": [round(x, 4) for x in curve]}
-            write_json(args.output, results)
-            print(f"{key}: {results['runs'][key]['final']:.3f} bits per byte", flush=True)
-        return results["runs"][key]["final"]
+    def run(arm: str, rate: float, seed: int) -> float:
+        key = f"{arm} lr={rate:g} seed={seed}"
+        return once(args.output, results, key, lambda: train_arm(arm, rate, seed))["final"]
 
     for arm in args.arms:
         best = min(args.learning_rates, key=lambda rate: run(arm, rate, 0))
@@ -102,24 +72,28 @@ def draw(results: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
+def table(results: dict) -> list[list[str]]:
+    """One row for each arm, with all learning rates that were tried."""
+    rows = [["128 layers x 64", "best lr", "bpb at the best lr, mean of the seeds", "bpb by lr, seed 0"]]
+    for arm, best in results["best"].items():
+        grid = {key: run["final"] for key, run in results["runs"].items() if re.match(rf"{arm} lr=.* seed=0$", key)}
+        by_rate = ", ".join(f"{key.split('lr=')[1].split()[0]}: {final:.2f}" for key, final in grid.items())
+        rows.append([arm, f"{best['learning_rate']:g}", f"{best['mean']:.2f}", by_rate])
+    return [*rows, ["unigram entropy of the corpus", "", f"{results['unigram_bpb']:.2f}", ""]]
+
+
 def main() -> None:
     """Run the comparison, write the result file and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train_file", default="python-stdlib", help="corpus: a file or a name of load_corpus")
-    parser.add_argument("--layers", type=int, default=128)
-    parser.add_argument("--hidden_size", type=int, default=64)
-    parser.add_argument("--block_size", type=int, default=128)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--seeds", type=int, default=2)
+    add_arguments(parser, layers=128, block_size=128, steps=120, seeds=2)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["ReZero", "post-norm"])
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3, 1e-2])
     parser.add_argument("--threads", type=int, default=1, help="more is slower for layers this narrow")
+    parser.add_argument("--output", type=Path, default=RESULTS / "deep_without_warmup.json")
+    parser.add_argument("--figure", type=Path, default=FIGURES / "deep_without_warmup.png")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    args.output = RESULTS / "deep_without_warmup.json"
-    args.corpus = load_corpus(args.train_file)
-    results = run_all(args)
-    draw(results, FIGURES / "deep_without_warmup.png")
+    results = run_all(args, load_corpus(args.train_file))
+    draw(results, args.figure)
     for arm, best in results["best"].items():
         print(f"{arm:10s} lr {best['learning_rate']:g}: {best['mean']:.3f} bits per byte, mean of {args.seeds} seeds")

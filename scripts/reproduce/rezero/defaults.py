@@ -8,14 +8,17 @@ and a repeated call goes on where it stopped.
 """
 
 import argparse
+import math
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import torch
 
-from common.record import RESULTS, provenance, read_json, write_json
+from common.first_steps import add_arguments, batches, byte_model, train
+from common.record import RESULTS, once, read_json, write_json
 from hf_rezero import load_corpus
-from rezero.deep_without_warmup import final, train
 
 
 VARIANTS = {
@@ -30,37 +33,53 @@ VARIANTS = {
 }
 
 
-def main() -> None:
-    """Run every variant for every seed, then print the differences."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train_file", default="python-stdlib", help="corpus: a file or a name of load_corpus")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden_size", type=int, default=64)
-    parser.add_argument("--block_size", type=int, default=128)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    path = RESULTS / "defaults.json"
-    results = read_json(path) or {"settings": vars(args) | {"train_file": Path(args.train_file).name}, "runs": {}}
-    args.corpus = load_corpus(args.train_file)
+def run_all(args: argparse.Namespace, text: np.ndarray) -> dict:
+    """Run what the result file does not hold yet."""
+    settings = {name: value for name, value in vars(args).items() if name != "output"}
+    settings["train_file"] = Path(args.train_file).name
+    results = read_json(args.output) or {"settings": settings, "runs": {}}
+
+    def train_variant(variant: str, seed: int) -> dict:
+        model = byte_model(VARIANTS[variant], seed, args)
+        return train(model, batches(text, seed, args.steps, args), args.learning_rate)
+
     for seed in range(args.seeds):
-        for variant, values in VARIANTS.items():
-            key = f"{variant} seed={seed}"
-            if key not in results["runs"]:
-                curve = train(values, args.learning_rate, seed, args)
-                results["runs"][key] = {"final": final(curve, args.steps), "curve": [round(x, 4) for x in curve]}
-                results["provenance"] = provenance()
-                write_json(path, results)
-                print(f"{key}: {results['runs'][key]['final']:.3f}", flush=True)
-    finals = {v: [results["runs"][f"{v} seed={s}"]["final"] for s in range(args.seeds)] for v in VARIANTS}
-    results["table"] = {
+        for variant in VARIANTS:
+            once(args.output, results, f"{variant} seed={seed}", partial(train_variant, variant, seed))
+    return results
+
+
+def differences(results: dict, seeds: int) -> dict[str, dict]:
+    """The mean of each variant over the seeds, and its distance from the default of the same seed."""
+    finals = {v: [results["runs"][f"{v} seed={s}"]["final"] for s in range(seeds)] for v in VARIANTS}
+    return {
         variant: {
             "bits_per_byte": mean(values),
             "against_default_by_seed": [a - b for a, b in zip(values, finals["default"], strict=True)],
         }
         for variant, values in finals.items()
     }
-    write_json(path, results)
+
+
+def table(results: dict) -> list[list[str]]:
+    """One row for each variant."""
+    rows = [["one change to the default", "bits per byte", "against the default, by seed"]]
+    for variant, row in results["table"].items():
+        differences = ", ".join(f"{d:+.3f}" for d in row["against_default_by_seed"])
+        if not math.isfinite(row["bits_per_byte"]):
+            rows.append([variant, "diverged", ""])
+        else:
+            rows.append([variant, f"{row['bits_per_byte']:.3f}", "" if variant == "default" else differences])
+    return rows
+
+
+def main() -> None:
+    """Run every variant for every seed, and write the differences to the result file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, layers=32, block_size=128, steps=100, seeds=2)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--output", type=Path, default=RESULTS / "defaults.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = run_all(args, load_corpus(args.train_file).train)
+    write_json(args.output, results | {"table": differences(results, args.seeds)})

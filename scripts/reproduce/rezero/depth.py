@@ -4,7 +4,7 @@
     python scripts/reproduce/run.py depth --train_file enwik8.zip --hidden_size 256 --block_size 512 --batch_size 64 --steps 20000 \
         --bf16 --compile --checkpoint_steps 1000 --output enwik8_depth.json
 
-The second line is the paper's model, for a GPU. Learning rates, seeds and losses are those of `convergence.py`
+The second line is the paper's model, for a GPU. Learning rates, seeds and losses are those of `convergence`
 (Bachlechner et al. 2020, section 5).
 """
 
@@ -14,10 +14,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from common.byte_lm import add_arguments, run_grid, train
-from common.curves import mean_curve
+from common.curves import mean_curve, mean_steps_to, steps_to_losses
 from common.record import FIGURES, RESULTS
+from common.rules import ARMS, LADDER, START, config_of
 from hf_rezero.plots import save_figure
-from rezero.convergence import ARMS, LADDER, START, config_of
 
 
 RULES = [
@@ -44,6 +44,26 @@ def draw(results: dict, path: Path) -> None:
     panels[0].set_ylabel("training bits per byte, mean of 50 steps")
     panels[0].legend(fontsize=8)
     save_figure(figure, path)
+
+
+def table(results: dict) -> list[list[str]]:
+    """One row for each depth and rule."""
+    by_depth = dict(sorted(results["best"].items(), key=lambda item: int(item[0].split()[0])))
+    return steps_to_losses(results | {"best": by_depth}, "layers x 64", (4.5, 4.0, 3.6, 3.5))
+
+
+def goals(results: dict) -> list[list[str]]:
+    """Steps at 64 layers to two losses: of ReZero, pre-norm, and pre-norm with scaled branches."""
+
+    def steps(target: float) -> str:
+        rules = "ReZero, w = 0", "pre-norm + warmup", "pre-norm, x + cF(N(x)), + warmup"
+        means = [mean_steps_to(results, f"64 {rule}", target) for rule in rules]
+        return ", ".join("never" if mean is None else f"{mean:.0f}" for mean in means)
+
+    return [
+        ["64 layers: steps to 4.0 bpb of ReZero, pre-norm, scaled pre-norm", "a third", steps(4.0), ""],
+        ["64 layers: the same to 3.6 bpb", "a third", steps(3.6), ""],
+    ]
 
 
 def main() -> None:

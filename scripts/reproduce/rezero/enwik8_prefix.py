@@ -17,7 +17,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from common.record import FIGURES, RESULTS, provenance, read_json, write_json
+from common.record import FIGURES, RESULTS, read_json, save
 from hf_rezero.plots import save_figure
 
 
@@ -71,6 +71,39 @@ def draw(results: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
+def table(results: dict) -> list[list[str]]:
+    """One row for each arm."""
+    rows = [
+        [
+            "12 layers x 192, or as named",
+            "validation bpb",
+            "test bpb",
+            "training loss, last 500 steps (bpb)",
+            "minutes",
+        ]
+    ]
+    for arm, run in results["runs"].items():
+        tail = [nats for step, nats in run["curve_nats"] if step > run["curve_nats"][-1][0] - 500]
+        loss = sum(tail) / len(tail) / math.log(2)
+        minutes = f"{run['train_runtime'] / 60:.0f}"
+        rows.append([arm, f"{run['eval_bpb']:.3f}", f"{run['test_bpb']:.3f}", f"{loss:.3f}", minutes])
+    return rows
+
+
+def goals(results: dict) -> list[list[str]]:
+    """What the recipe reaches, and what its run spends on other things than steps."""
+    run = results["runs"]["recipe, 6 layers x 256"]
+    profile = read_json(RESULTS / "training_profile.json")["configs"]["enwik8_prefix_recipe"]["shares"]
+    scoring = run["eval_runtime"] + run["test_runtime"]
+    shares = profile["batches"], scoring / (run["train_runtime"] + scoring), profile["checkpoints"]
+    reached = f"{run['test_bpb']:.3f} in {run['train_runtime'] / 60:.0f} min"
+    spent = ", ".join(f"{share:.2%}" for share in shares)
+    return [
+        ["recipe: test bpb of the prefix, 45 minutes", "1.80", reached, ""],
+        ["recipe: batches, evaluation, checkpoints: shares of the run", "2 % each", spent, ""],
+    ]
+
+
 def main() -> None:
     """Run the arms that are not finished, write the result file and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -79,11 +112,11 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     args = parser.parse_args()
     path = RESULTS / "enwik8_prefix.json"
-    results = read_json(path) or {"runs": {}}
+    results = {"runs": read_json(path).get("runs", {})}
     for arm in args.arms:
         folder = Path(args.output_dir, arm.replace(" ", "_"))
         if not (folder / "test_results.json").exists():
             run(ARMS[arm], folder, args.train_file)
         results["runs"][arm] = collect(folder)
-        write_json(path, results | provenance())
+        save(path, results)
     draw(results, FIGURES / "enwik8_prefix.png")

@@ -23,12 +23,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.record import FIGURES, RESULTS, provenance, read_json, write_json
+from common.images import NAMES, read_images
+from common.record import FIGURES, RESULTS, once, read_json, write_json
+from common.rules import PLAIN
 from hf_rezero import ReZeroMLPConfig, ReZeroMLPForImageClassification
 from hf_rezero.plots import save_figure
 
 
-PLAIN = {"resweight_init": 1.0, "resweight_trainable": False}
 # the residual net has the smaller weights of the official code
 RULES = {
     "ReZero": {},
@@ -94,21 +95,15 @@ def key_of(results: dict, rule: str, seed: int) -> str:
 
 def run_all(args: argparse.Namespace) -> dict:
     """Run what the result file does not hold yet."""
-    with np.load(args.image_file) as file:
-        x, y = (torch.from_numpy(file[name])[: args.pictures] for name in ("train_x", "train_y"))
+    x, y = (values[: args.pictures] for values in read_images(args.image_file, NAMES[:2]).values())
     data = x.permute(0, 3, 1, 2) / 127.5 - 1, y.long()
     results = read_json(args.output) or {"runs": {}, "best": {}}
     results["settings"] = {"pictures": len(y), "steps": args.steps, "deep_steps": args.deep_steps}
 
     def run(rule: str, layers: int, width: int, rates: tuple[float, float], seed: int, steps: int) -> dict:
         key = f"{layers} | {rule} | lr={rates[0]:g} | seed={seed}"
-        if key not in results["runs"]:
-            shape = {"num_hidden_layers": layers, "hidden_size": width}
-            results["runs"][key] = train(rule, shape, rates, seed, data, steps)
-            results["provenance"] = provenance()
-            write_json(args.output, results)
-            print(f"{key}: {results['runs'][key]}"[:300], flush=True)
-        return results["runs"][key]
+        shape = {"num_hidden_layers": layers, "hidden_size": width}
+        return once(args.output, results, key, lambda: train(rule, shape, rates, seed, data, steps))
 
     for rule in RULES if "rules" in args.parts else ():
         best = min(args.rates, key=lambda rate: final(run(rule, 32, 256, (rate, rate), 0, args.steps), args.steps))
@@ -147,6 +142,31 @@ def draw(results: dict, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     save_figure(figure, path)
+
+
+def table(results: dict) -> list[list[str]]:
+    """One row for each rule at 32 layers."""
+    rows = [
+        ["32 layers x 256", "best lr", "training loss at the end, by seed", "ReZero is there times faster, by seed"]
+    ]
+    for rule, best in results["best"].items():
+        losses, ratios = (", ".join(f"{x:.{d}f}" for x in best[key]) for key, d in (("loss", 2), ("times_faster", 1)))
+        rows.append([rule, f"{best['learning_rate']:g}", losses, "" if rule == "ReZero" else ratios])
+    return rows
+
+
+def depth_table(results: dict) -> list[list[str]]:
+    """One row for each deep net."""
+    rows = [["layers x 150", "steps with a finite loss", "loss, first steps", "loss, last steps"]]
+    for key, run in results["runs"].items():
+        layers, rule = key.split(" | ")[:2]
+        if layers != "32":
+            ends = [f"{loss:.4g}" for loss in (run["loss"][0], run["loss"][-1])] if run["loss"] else ["", ""]
+            rows.append([f"{int(layers):,}, {rule}", f"{run['steps']}", *ends])
+    return rows
+
+
+TABLES = {"fully_connected": table, "fully_connected_depth": depth_table}
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common.byte_lm import add_arguments, run_grid, train
+from common.curves import byte_models
 from common.record import FIGURES, RESULTS
 from hf_rezero.plots import save_figure
 
@@ -47,6 +48,11 @@ def draw(results: dict, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save_figure(figure, path)
+
+
+def table(results: dict) -> list[list[str]]:
+    """One row for each way to spend the same layer passes."""
+    return byte_models(results, "layers")
 
 
 def main() -> None:

@@ -11,15 +11,18 @@ The claim is Bachlechner et al. 2020, section 5.1 and figure 5.
 """
 
 import argparse
-import math
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from common.record import FIGURES, RESULTS, provenance, read_json, write_json
-from hf_rezero import ReZeroConfig, ReZeroForCausalLM, RZTXEncoderLayer, load_corpus, param_groups
+from common.first_steps import batches, byte_model, steps
+from common.record import FIGURES, RESULTS, read_json, save
+from common.rules import PLAIN
+from hf_rezero import ReZeroForCausalLM, RZTXEncoderLayer, load_corpus
+from hf_rezero.data.corpora import Corpus
 from hf_rezero.data.windows import ByteDataset, collate_bytes
 from hf_rezero.diagnostics.jacobian import jacobian_spectrum
 from hf_rezero.diagnostics.resweights import resweight_profile
@@ -28,7 +31,6 @@ from hf_rezero.plots import plot_jacobian
 
 WIDTH, TOKENS, HEADS, FEED_FORWARD = 16, 4, 4, 64
 INITIAL = ("post-norm", "pre-norm", "ReZero, resweight 0.1", "ReZero")
-PLAIN = {"resweight_init": 1.0, "resweight_trainable": False}
 TRAINED = {
     "post-norm": {"norm_position": "post", **PLAIN},
     "pre-norm": {"norm_position": "pre", **PLAIN},
@@ -79,33 +81,20 @@ def summary(sigma: torch.Tensor) -> dict:
     }
 
 
-def train(arm: str, args: argparse.Namespace) -> dict:
+def train(arm: str, corpus: Corpus, args: argparse.Namespace) -> dict:
     """The spectrum at each of the wanted steps of one training run, and its loss in bits per byte."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": args.hidden_size, "num_hidden_layers": args.layers, "num_attention_heads": 2}
-    model = ReZeroForCausalLM(
-        ReZeroConfig(**shape, max_position_embeddings=args.block_size, use_cache=False, **TRAINED[arm])
-    )
-    optimizer = torch.optim.AdamW(param_groups(model), lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
-    dataset = ByteDataset(args.corpus.train, args.block_size)
-    order = np.random.default_rng(0).permutation(len(dataset))
+    model = byte_model(TRAINED[arm], 0, args)
+    run = steps(model, batches(corpus.train, 0, max(args.at_steps), args), args.learning_rate)
     found, losses = {}, []
-    for step in range(max(args.at_steps) + 1):
-        if step in args.at_steps:
-            found[str(step)] = measure_trained(model, args) | {"loss": mean_of_last(losses)}
-        rows = order[step * args.batch_size : (step + 1) * args.batch_size]
-        loss = model(**collate_bytes(dataset.__getitems__(rows))).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item() / math.log(2))
+    for step in sorted(args.at_steps):
+        losses += islice(run, step - len(losses))
+        found[str(step)] = measure_trained(model, corpus.validation, args) | {"loss": mean_of_last(losses)}
     return found
 
 
-def measure_trained(model: ReZeroForCausalLM, args: argparse.Namespace) -> dict:
+def measure_trained(model: ReZeroForCausalLM, text: np.ndarray, args: argparse.Namespace) -> dict:
     """The spectrum at some bytes of the validation text, and how far the residual weights have gone."""
-    windows = ByteDataset(args.corpus.validation, TOKENS * 2)
+    windows = ByteDataset(text, TOKENS * 2)
     chosen = [i * len(windows) // args.repetitions for i in range(args.repetitions)]
     sigma = jacobian_spectrum(model, {"input_ids": collate_bytes(windows.__getitems__(chosen))["input_ids"]})
     weights = [abs(value) for value in resweight_profile(model).values()]
@@ -150,29 +139,26 @@ def verdicts(results: dict) -> dict:
     }
 
 
-def run_all(args: argparse.Namespace) -> dict:
+def run_all(args: argparse.Namespace, corpus: Corpus) -> dict:
     """Run what the result file does not hold yet."""
-    settings = {
-        k: v for k, v in vars(args).items() if k not in ("output", "figures", "train_file", "corpus", "threads")
-    }
-    settings |= {"corpus": Path(args.corpus.name).name, "width": WIDTH, "tokens": TOKENS, "heads": HEADS}
+    settings = {k: v for k, v in vars(args).items() if k not in ("output", "figures", "train_file", "threads")}
+    settings |= {"corpus": Path(corpus.name).name, "width": WIDTH, "tokens": TOKENS, "heads": HEADS}
     results = read_json(args.output) or {"settings": settings, "initial": {}, "training": {}}
-    results["provenance"] = provenance()
     for layers in args.depths:
         for arm in INITIAL:
             key = f"{arm} | {layers}"
             if key not in results["initial"]:
                 results["initial"][key] = measure_initial(arm, layers, args.repetitions)
-                write_json(args.output, results)
+                save(args.output, results)
                 print(f"{layers} layers, {arm}: {describe(results['initial'][key])}", flush=True)
     for arm in TRAINED:
         if arm not in results["training"]:
-            results["training"][arm] = train(arm, args)
-            write_json(args.output, results)
+            results["training"][arm] = train(arm, corpus, args)
+            save(args.output, results)
             for step, found in results["training"][arm].items():
                 print(f"step {step}, {arm}: {describe(found)}, loss {found['loss']}", flush=True)
     results["verdicts"] = verdicts(results)
-    write_json(args.output, results)
+    save(args.output, results)
     return results
 
 
@@ -200,6 +186,18 @@ def draw(results: dict, path: Path) -> None:
     plot_jacobian(panels, path)
 
 
+def table(results: dict) -> list[list[str]]:
+    """One row for each kind of net: by depth before training, and by steps during it."""
+    depths, steps = results["settings"]["depths"], list(next(iter(results["training"].values())))
+    rows = [["mean σ² (σ zero to float32)", *(f"{depth} layers" for depth in depths), *(f"step {s}" for s in steps)]]
+    for arm in dict.fromkeys(key.split(" | ")[0] for key in results["initial"]):
+        found = [results["initial"][f"{arm} | {depth}"] for depth in depths]
+        found += [results["training"].get(arm, {}).get(step) for step in steps]
+        cells = (f"{r['mean_square']:.3g} ({r['share_at_zero']['float32']:.0%})" if r else "" for r in found)
+        rows.append([arm, *cells])
+    return rows
+
+
 def main() -> None:
     """Run the measurements, write the result file and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -217,8 +215,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="more is slower for layers this narrow")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    args.corpus = load_corpus(args.train_file)
-    results = run_all(args)
+    results = run_all(args, load_corpus(args.train_file))
     draw(results, args.figures / "jacobian.png")
     for claim, verdict in results["verdicts"].items():
         print(f"{'holds' if verdict['holds'] else 'DOES NOT HOLD'}: {claim}")

@@ -7,13 +7,16 @@ square of the last hidden states, the largest logit, the mean size of the residu
 """
 
 import argparse
+import math
 from functools import partial
 from pathlib import Path
+from statistics import mean, median
 
 import torch
 from torch import nn
 
 from common.byte_lm import adamw, add_arguments, run_grid, train
+from common.curves import STRIDE, by_seed, mean_of, runs_of
 from common.record import RESULTS
 from hf_rezero.data.windows import collate_bytes, evaluation_windows
 
@@ -21,7 +24,7 @@ from hf_rezero.data.windows import collate_bytes, evaluation_windows
 INIT = 24**-0.5  # 1/sqrt(2L)
 REZERO = {"resweight_init": INIT}
 PRE = {**REZERO, "norm_position": "pre"}
-# config, learning rate (the best of `convergence.py` with and without norms), share of warmup, optimizer, bf16
+# config, learning rate (the best of `convergence` with and without norms), share of warmup, optimizer, bf16
 ARMS = {
     "ReZero": (REZERO, 1e-2, 0, adamw, False),
     "pre-norm, x + cF(N(x)), + warmup": ({**PRE, "resweight_trainable": False}, 3e-3, 0.1, adamw, False),
@@ -58,6 +61,33 @@ def sizes(model: nn.Module, args: argparse.Namespace) -> dict[str, float]:
         "resweight": torch.stack(weights).mean(),
     }
     return {name: round(value.item(), 4) for name, value in found.items()}
+
+
+def table(results: dict) -> list[list[str]]:
+    """One row for each change, means of its seeds."""
+    head = ["12 layers x 64, 2,000 steps", "lr", "training bpb, last 200 steps", "worst since step 500"]
+    rows = [[*head, "test bpb, mean", "by seed", "stream, rms", "largest logit", "mean size of w"]]
+    for arm, best in results["best"].items():
+        runs, cells = runs_of(results, arm), [arm, f"{best['learning_rate']:g}"]
+        if math.isfinite(best["mean"]):
+            losses = [[loss for *_, loss in run["curve"]] for run in runs]
+            training, worst = mean(median(x[-20:]) for x in losses), max(max(x[50:]) for x in losses)
+            sizes = ((mean_of(runs, name), digits) for name, digits in (("stream", 2), ("logit", 1), ("resweight", 3)))
+            cells += [f"{training:.3f}", f"{worst:.1f}", f"{best['mean']:.3f}", by_seed(best)]
+            cells += [f"{x:.{digits}f}" for x, digits in sizes]
+        else:
+            cells += ["", "", "", f"diverged by step {(len(runs[0]['curve']) + 1) * STRIDE}", "", "", ""]
+        rows.append(cells)
+    return rows
+
+
+def goals(results: dict) -> list[list[str]]:
+    """How far ReZero stays above pre-norm at 12 layers, at first and with slower residual weights."""
+    best = {arm: found["mean"] for arm, found in results["best"].items()}
+    rival = best["pre-norm, x + cF(N(x)), + warmup"]
+    above = ", ".join(f"{best[arm] - rival:.2f}" for arm in ("ReZero", "ReZero, 3e-3, rate of w x 0.1"))
+    goal = "12 x 64, 2,000 steps: test bpb above scaled pre-norm, at first and with slower residual weights"
+    return [[goal, "0", above, ""]]
 
 
 def main() -> None:

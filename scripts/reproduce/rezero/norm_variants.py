@@ -8,8 +8,10 @@ Byte models of 12 layers on the same batches, each at the best learning rate of 
 import argparse
 from pathlib import Path
 
-from common.byte_lm import PLAIN, add_arguments, run_grid, train
+from common.byte_lm import add_arguments, run_grid, train
+from common.curves import byte_models
 from common.record import RESULTS
+from common.rules import PLAIN
 
 
 VARIANTS = {
@@ -24,6 +26,11 @@ VARIANTS = {
     "post-norm, N(x + F(x))": {"norm_position": "post", **PLAIN},
     "residual, x + F(x)": PLAIN,
 }
+
+
+def table(results: dict) -> list[list[str]]:
+    """One row for each residual rule."""
+    return byte_models(results, "12 layers x 64")
 
 
 def main() -> None:

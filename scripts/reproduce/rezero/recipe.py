@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from common.byte_lm import adamw, add_arguments, build_model, load_text, run_grid, step_seconds, train
+from common.curves import by_seed
 from common.record import RESULTS, read_json, write_json
 from hf_rezero import Muon, lookahead, param_groups
 
@@ -30,9 +31,11 @@ def muon(model: nn.Module, rate: float) -> torch.optim.Optimizer:
 
 START = {muon: 1e-2, adamw: 3e-3}
 GPT2 = {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+RECIPE = "recipe: x + w F(N(x)), Muon"
+RIVALS = "pre-norm x + c F(N(x)), AdamW, warmup", "GPT-2, AdamW, warmup"
 # config, share of warmup, optimizer; c is 1/sqrt(2L)
 ARMS = {
-    "recipe: x + w F(N(x)), Muon": ({"norm_position": "pre"}, 0, muon),
+    RECIPE: ({"norm_position": "pre"}, 0, muon),
     "pre-norm x + c F(N(x)), Muon": ({"norm_position": "pre", "resweight_trainable": False}, 0, muon),
     "ReZero x + w F(x), Muon": ({}, 0, muon),
     "ReZero x + w F(x), AdamW": ({}, 0, adamw),
@@ -46,6 +49,42 @@ def config_of(arm: str, layers: int) -> dict:
     config = ARMS[arm][0]
     ours = {"hidden_act": "relu2", "resweight_init": (2 * layers) ** -0.5}
     return config if "model_type" in config else ours | config
+
+
+def table(results: dict) -> list[list[str]]:
+    """One row for each arm on both corpora: what as many seconds are enough for."""
+    articles = read_json(RESULTS / "recipe_articles.json")
+    seconds = results["settings"]["seconds"]
+    rows = [
+        [
+            f"6 layers x 256, {seconds:.0f} s",
+            "best lr",
+            "steps",
+            "enwik8, first 4.15 MB: test bpb, mean",
+            "by seed",
+            "articles: test bpb",
+        ]
+    ]
+    for arm, best in results["best"].items():
+        steps = next(run["steps"] for key, run in results["runs"].items() if key.startswith(f"{arm} |"))
+        found = f"{articles['best'][arm]['mean']:.3f}" if arm in articles["best"] else ""
+        rows.append([arm, f"{best['learning_rate']:g}", f"{steps}", f"{best['mean']:.3f}", by_seed(best), found])
+    return rows
+
+
+def goals(results: dict) -> list[list[str]]:
+    """The lead of the recipe in equal time on both corpora."""
+    articles = read_json(RESULTS / "recipe_articles.json")
+    return [
+        ["recipe: bpb below its rivals in equal time, prefix", "0.05", f"{lead(results):.2f}", ""],
+        ["recipe: the same, featured articles", "0.05", f"{lead(articles):.2f}", ""],
+    ]
+
+
+def lead(results: dict) -> float:
+    """Bits per byte by which the recipe is below the better one of its rivals."""
+    best = {arm: found["mean"] for arm, found in results["best"].items()}
+    return min(best[arm] for arm in RIVALS) - best[RECIPE]
 
 
 def main() -> None:

@@ -15,62 +15,25 @@ import time
 from pathlib import Path
 from statistics import mean
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
-from common.record import FIGURES, RESULTS, provenance, read_json, write_json
+from common.images import BATCH, HELP, accuracy, augment, final_error, standardized
+from common.record import FIGURES, RESULTS, once, read_json, write_json
+from common.rules import PLAIN_RESNET
 from hf_rezero import ReZeroResNetConfig, ReZeroResNetForImageClassification, param_groups
 from hf_rezero.plots import save_figure
 
 
-PLAIN = {"activation_position": "sum", "resweight_init": 1.0, "resweight_trainable": False}
-ARMS = {"ReZero": {}, "plain": PLAIN, "zero gamma": {"zero_init_residual": True, **PLAIN}}
+ARMS = {"ReZero": {}, "plain": PLAIN_RESNET, "zero gamma": {"zero_init_residual": True, **PLAIN_RESNET}}
 # blocks in each of three stages, epochs, learning rates
 NETS: dict[str, tuple[int, int, tuple[float, ...]]] = {
     "ResNet-20": (3, 12, (0.01, 0.03, 0.1, 0.3, 1.0)),
     "ResNet-56": (9, 6, (0.01, 0.03, 0.1, 0.3)),
     "ResNet-110": (18, 3, (0.01, 0.03, 0.1)),
 }
-BATCH, ACCURACIES = 128, (35.0, 45.0)
-
-
-def load(path: str, count: int | None) -> dict[str, Tensor]:
-    """Pictures as floats with mean 0 and deviation 1 by channel of the training part, and their classes."""
-    with np.load(path) as file:
-        data = {name: torch.from_numpy(file[name])[:count] for name in ("train_x", "train_y", "test_x", "test_y")}
-    pictures = {
-        name: nn.functional.adaptive_avg_pool2d(data[name].permute(0, 3, 1, 2) / 255, 16)
-        for name in ("train_x", "test_x")
-    }
-    center, spread = (f(pictures["train_x"], dim=(0, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
-    return data | {name: (x - center) / spread for name, x in pictures.items()}
-
-
-def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip and shift each picture, 0 beyond the border."""
-    flips = torch.rand(len(x), generator=generator) < 0.5
-    x = torch.where(flips[:, None, None, None], x.flip(3), x)
-    padded = nn.functional.pad(x, (2, 2, 2, 2))
-    rows, columns = (torch.randint(5, (len(x), 1), generator=generator) + torch.arange(16) for _ in range(2))
-    return padded[
-        torch.arange(len(x))[:, None, None, None],
-        torch.arange(3)[:, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None],
-    ]
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: dict[str, Tensor]) -> float:
-    """Per cent of the test pictures."""
-    model.eval()
-    right = [
-        (model(x).logits.argmax(1) == y).sum()
-        for x, y in zip(data["test_x"].split(256), data["test_y"].split(256), strict=True)
-    ]
-    return 100 * float(sum(right)) / len(data["test_y"])
+ACCURACIES = (35.0, 45.0)
 
 
 def train(net: str, arm: str, rate: float, seed: int, data: dict[str, Tensor], epochs: int) -> dict:
@@ -107,32 +70,23 @@ def epochs_to(curve: list[float], wanted: float) -> float | None:
     return None
 
 
-def final(record: dict) -> float:
-    """Mean error of the last two epochs, per cent."""
-    return 100 - mean(record["accuracy"][-2:])
-
-
 def run_all(args: argparse.Namespace) -> dict:
     """Run what the result file does not hold yet: the grid on seed 0, then the best rate on the other seeds."""
-    data, results = load(args.image_file, args.pictures), read_json(args.output) or {"runs": {}, "best": {}}
+    data, results = standardized(args.image_file, args.pictures), read_json(args.output) or {"runs": {}, "best": {}}
     results["settings"] = {"pictures": {part: len(data[f"{part}_y"]) for part in ("train", "test")}}
 
     def run(net: str, arm: str, rate: float, seed: int) -> dict:
         key = f"{net} | {arm} | lr={rate:g} | seed={seed}"
-        if key not in results["runs"]:
-            results["runs"][key] = train(net, arm, rate, seed, data, args.epochs or NETS[net][1])
-            results["provenance"] = provenance()
-            write_json(args.output, results)
-            print(f"{key}: {results['runs'][key]['accuracy']} in {results['runs'][key]['seconds']} s", flush=True)
-        return results["runs"][key]
+        epochs = args.epochs or NETS[net][1]
+        return once(args.output, results, key, lambda: train(net, arm, rate, seed, data, epochs))
 
     for net in args.nets:
         for arm in args.arms:
-            best = min(NETS[net][2], key=lambda rate: final(run(net, arm, rate, 0)))
+            best = min(NETS[net][2], key=lambda rate: final_error(run(net, arm, rate, 0)["accuracy"]))
             runs = [run(net, arm, best, seed) for seed in range(args.seeds)]
             results["best"][f"{net} | {arm}"] = {
                 "learning_rate": best,
-                "error": [round(final(r), 2) for r in runs],
+                "error": [round(final_error(r["accuracy"]), 2) for r in runs],
             } | {f"epochs to {wanted:g} %": [epochs_to(r["accuracy"], wanted) for r in runs] for wanted in ACCURACIES}
             write_json(args.output, results)
     return results
@@ -155,10 +109,22 @@ def draw(results: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
+def table(results: dict) -> list[list[str]]:
+    """One row for each net and rule: error at the end and epochs to each accuracy, means and seeds."""
+    marks = [name for name in next(iter(results["best"].values())) if name.startswith("epochs")]
+    rows = [["", "best lr", "test error, %, mean", "by seed", *(f"{mark}, mean" for mark in marks)]]
+    for name, best in results["best"].items():
+        by_seed = ", ".join(f"{error:.1f}" for error in best["error"])
+        waits = [f"{mean(best[mark]):.1f}" if None not in best[mark] else "not by all" for mark in marks]
+        error = f"{mean(best['error']):.1f}"
+        rows.append([name.replace(" | ", ", "), f"{best['learning_rate']:g}", error, by_seed, *waits])
+    return rows
+
+
 def main() -> None:
     """Run the comparison, write the result file and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--image_file", required=True, help=".npz with train_x, train_y, test_x, test_y (uint8, NHWC)")
+    parser.add_argument("--image_file", required=True, help=HELP)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["ReZero", "plain"])
     parser.add_argument("--seeds", type=int, default=3)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from common.record import provenance, write_json
+from common.record import save
 from hf_rezero.data.corpora import load_corpus
 from hf_rezero.data.tokenizer import byte_tokenizer
 from hf_rezero.data.windows import ByteDataset, collate_bytes
@@ -106,6 +106,12 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def table(results: dict) -> list[list[str]]:
+    """One row for each path."""
+    rows = [["from file to int64 batches of 64 x 512, one core", "MB/s, median"]]
+    return [*rows, *([path, f"{speed:.1f}"] for path, speed in results["median"].items())]
+
+
 def main() -> None:
     """Measure, print, and write the result file."""
     args = parse_args()
@@ -122,7 +128,6 @@ def main() -> None:
         print(f"{name:10} {medians[name]:8.1f} MB/s   (rounds: {min(values):.1f} ... {max(values):.1f})")
     if args.output:
         result = {
-            **provenance(),
             "unit": "10^6 bytes of text per second, one core, median of the rounds",
             "bytes": size,
             "block_size": args.block_size,
@@ -130,4 +135,4 @@ def main() -> None:
             "median": medians,
             "rounds": {name: [round(value, 1) for value in values] for name, values in speeds.items()},
         }
-        write_json(args.output, result)
+        save(args.output, result)

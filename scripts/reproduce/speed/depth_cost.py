@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 
-from common.record import RESULTS, provenance, write_json
+from common.record import RESULTS, save
 from hf_rezero import ReZeroMLPConfig, ReZeroMLPForImageClassification
 
 
@@ -37,6 +37,16 @@ def stepper(layers: int, width: int):
 
     step()
     return step
+
+
+def table(results: dict) -> list[list[str]]:
+    """One row."""
+    costs = results["results"]
+    seconds = [f"{costs['seconds_per_step'][layers]:.2f}" for layers in ("100", "10000")]
+    return [
+        ["a step of 100 pictures", "100 layers, s", "10,000 layers, s", "time per layer, 10,000 to 100", "memory, GB"],
+        ["ReZero x 150, Adagrad", *seconds, f"{costs['per_layer_against_100']:.2f}", f"{costs['peak_gb']:.1f}"],
+    ]
 
 
 def main() -> None:
@@ -62,5 +72,5 @@ def main() -> None:
         "per_layer_against_100": round(per_layer[1] / per_layer[0], 3),
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
-    write_json(args.output, {"results": results, "provenance": provenance()})
+    save(args.output, {"results": results})
     print(results)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from common.record import RESULTS, provenance, write_json
+from common.record import RESULTS, save
 
 
 STATEMENTS = {
@@ -29,6 +29,18 @@ def seconds(statement: str) -> float:
     return float(output.splitlines()[-1])
 
 
+def table(results: dict) -> list[list[str]]:
+    """One row for each statement."""
+    return [["in a fresh process", "seconds"], *([name, f"{value:.2f}"] for name, value in results["seconds"].items())]
+
+
+def goals(results: dict) -> list[list[str]]:
+    """What the import adds to that of transformers."""
+    seconds = results["seconds"]
+    added = seconds["import hf_rezero"] - seconds["import transformers (lazy)"]
+    return [["import, seconds over `import transformers`", "0.1", f"{added:.1f}", ""]]
+
+
 def main() -> None:
     """Measure, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -40,5 +52,5 @@ def main() -> None:
         for name, statement in STATEMENTS.items():
             times[name].append(seconds(statement))
     results = {name: round(median(values), 3) for name, values in times.items()}
-    write_json(args.output, {"seconds": results, "provenance": provenance()})
+    save(args.output, {"seconds": results})
     print(results)

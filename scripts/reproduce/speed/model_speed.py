@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from common.record import RESULTS, provenance, read_json, write_json
+from common.record import RESULTS, read_json, save
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, fold_resweight_
 
 
@@ -99,7 +99,7 @@ def training_step(model: nn.Module, ids: torch.Tensor, bf16: bool) -> Callable[[
     return run
 
 
-def inference(model: nn.Module, ids: torch.Tensor, measure: str) -> Callable[[], None]:
+def inference(model: nn.Module, ids: torch.Tensor, measure: str) -> Callable[[], object]:
     """A forward pass over all tokens or one, or 32 new tokens one at a time behind a prompt of 16."""
     model.eval()
     if isinstance(model, ReZeroForCausalLM):
@@ -169,6 +169,47 @@ def saved(case: str) -> dict[str, dict[str, float]]:
     return {arm: {"saved": round(saved_activations(build(), ids, layers, width), 2)} for arm, build in models.items()}
 
 
+def table(results: dict) -> list[list[str]]:
+    """One row for each measure at each size, one column for each model."""
+    names = {
+        "train": "training step, fp32",
+        "train_bf16": "training step, bf16",
+        "infer": "inference",
+        "one_token": "inference, 1 token",
+        "generate": "32 tokens, one at a time",
+        "saved": "saved numbers / (tokens x layers x width)",
+    }
+    arms = list(next(iter(results["results"].values()))["train"])
+    rows = [["speed against GPT-2 in transformers", *arms]]
+    for name, label in names.items():
+        for case, found in ((case, found) for case, found in results["results"].items() if name in found):
+            values = [found[name].get(arm, {}).get("saved" if name == "saved" else "speed") for arm in arms]
+            rows.append([f"{label}: {case}", *("" if value is None else f"{value:.2f}" for value in values)])
+    return rows
+
+
+def goals(results: dict) -> list[list[str]]:
+    """Goals of speed and memory against GPT-2 as transformers ships it: what was set, what was measured, and a note."""
+
+    def ratio(measure: str, case: str, arm: str = "ReZero, learned positions") -> str:
+        return f"{results['results'][case][measure][arm]['speed']:.2f}"
+
+    def with_relu(measure: str) -> str:
+        return f"with relu {ratio(measure, '128 x 64', 'ReZero, relu')}"
+
+    saved = results["results"]["12 x 512"]["saved"]["ReZero, learned positions"]["saved"]
+    return [
+        ["12 x 512, training, fp32, times GPT-2", "1.10", ratio("train", "12 x 512"), ""],
+        ["12 x 512, training, bf16", "1.4", ratio("train_bf16", "12 x 512"), ""],
+        ["128 x 64, training, fp32", "1.4", ratio("train", "128 x 64"), f"gelu; {with_relu('train')}"],
+        ["128 x 64, training, bf16", "2", ratio("train_bf16", "128 x 64"), ""],
+        ["12 x 512, inference, folded", "1.05", ratio("infer", "12 x 512"), ""],
+        ["128 x 64, inference, folded", "1.35", ratio("infer", "128 x 64"), f"gelu; {with_relu('infer')}"],
+        ["128 x 64, one token", "2.5", ratio("one_token", "128 x 64"), with_relu("one_token")],
+        ["saved numbers per token, layer and width", "14.2", f"{saved:.1f}", ""],
+    ]
+
+
 def main() -> None:
     """Measure what the result file lacks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -185,7 +226,7 @@ def main() -> None:
             found = results["results"].setdefault(case, {})
             if name not in found:
                 found[name] = saved(case) if name == "saved" else speeds(case, name, args.rounds, args.processes)
-                write_json(args.output, results | {"provenance": provenance()})
+                save(args.output, results)
             print(
                 case, name, {arm: row.get("speed", row.get("saved")) for arm, row in found[name].items()}, flush=True
             )

@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 import yaml
 
-from common.record import RESULTS, provenance, read_json, write_json
+from common.record import RESULTS, read_json, save
 from hf_rezero import ReZeroTrainer
 from hf_rezero.commands import clm
 
@@ -84,6 +84,14 @@ def profile(config: Path, train_file: str, steps: int) -> dict:
     }
 
 
+def table(results: dict) -> list[list[str]]:
+    """One row for each config: the shares of the parts."""
+    rows = [["part of the run of a config", "steps", "training", "batches", "evaluation", "checkpoints"]]
+    for config, found in results["configs"].items():
+        rows.append([f"{config}.yaml", f"{found['steps']:,}", *(f"{x:.2%}" for x in found["shares"].values())])
+    return rows
+
+
 def main() -> None:
     """Train with each config, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -94,5 +102,5 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = {config.stem: profile(config, args.train_file, args.steps) for config in args.configs}
-    write_json(args.output, {"configs": found, "provenance": provenance()})
+    save(args.output, {"configs": found})
     print(found)

@@ -1,0 +1,106 @@
+"""Numbers that are not finite: such a step is not taken, such weights are not saved, and a run of them ends."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from ..files import written_whole
+
+
+logger = logging.get_logger(__name__)
+BATCH = "nonfinite_batch.pt"
+
+
+class NonFiniteError(RuntimeError):
+    """Gradients or weights are infinite or NaN, and going on or saving would lose the run."""
+
+
+def nonfinite(tensors: dict[str, torch.Tensor | None], at_most: int = 5) -> list[str]:
+    """The names of the first tensors with an entry that is infinite or NaN."""
+    found = []
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a shard of a DTensor
+        if local is not None and local.is_floating_point() and not torch.isfinite(local).all():
+            found.append(name)
+        if len(found) == at_most:
+            break
+    return found
+
+
+class FiniteTrainer(Trainer):
+    """The `Trainer`, which leaves out steps whose gradient is not finite.
+
+    Such a step changes no weight; the log counts them as `skipped_steps`. After `max_bad_steps` in a row, or when a
+    checkpoint would hold weights that are not finite, the run ends with `NonFiniteError`; the last batch is then in
+    `output_dir/nonfinite_batch.pt`, and the checkpoints from before are untouched.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.skipped_steps, self._bad_in_a_row = 0, 0
+        self._last_inputs: dict[str, Any] = {}
+
+    def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
+        """One forward and backward pass, whose batch is remembered."""
+        self._last_inputs = inputs
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is None or torch.isfinite(torch.as_tensor(norm)).all():
+            self._bad_in_a_row = 0
+        else:
+            self._skip()
+        return norm
+
+    def _skip(self) -> None:
+        self.skipped_steps += 1
+        self._bad_in_a_row += 1
+        found = nonfinite({name: p.grad for name, p in self.model.named_parameters()})
+        step = self.state.global_step + 1
+        if self._bad_in_a_row >= self.args.max_bad_steps:
+            self._snapshot()
+            raise NonFiniteError(
+                f"the gradients of {self._bad_in_a_row} steps in a row are not finite, up to step {step}, first of "
+                f"{', '.join(found)}: lower the learning rate, look at the batch in {BATCH}, or train in bf16 or fp32."
+            )
+        logger.warning(f"step {step} is left out: its gradient is not finite, first of {', '.join(found)}.")
+        if self.accelerator.scaler is None:  # a gradient scaler leaves the step out itself, and needs the gradients
+            for parameter in self.model.parameters():
+                parameter.grad = None
+
+    def _snapshot(self) -> None:
+        if self.is_world_process_zero():
+            with written_whole(Path(self.args.output_dir, BATCH)) as path:
+                torch.save({name: value for name, value in self._last_inputs.items() if torch.is_tensor(value)}, path)
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """Save a checkpoint of weights that are finite; the rotation of older ones comes after."""
+        self._check_weights(f"checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model if its weights are finite."""
+        self._check_weights(output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
+
+    def _check_weights(self, target: str) -> None:
+        found = nonfinite(dict(self.accelerator.unwrap_model(self.model).named_parameters()))
+        if found:
+            self._snapshot()
+            raise NonFiniteError(
+                f"{target} was not written: the weights are not finite, first {', '.join(found)}. Go on from an earlier "
+                f"checkpoint with a lower learning rate."
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a training loss with the number of steps that were left out, and without numbers that JSON does not have."""
+        if "loss" in logs:
+            logs |= {"skipped_steps": self.skipped_steps} if self.skipped_steps else {}
+            logs = {name: value for name, value in logs.items() if math.isfinite(value)}
+        super().log(logs, start_time)
