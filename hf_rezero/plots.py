@@ -129,7 +129,7 @@ def plot_sparsity_curve(points: list[dict], path: str | os.PathLike) -> None:
     """Draw quality over sparsity, a line for each score.
 
     Args:
-        points: As `curve.json` of `scripts/prune.py` has them: each with "sparsity", one of "bpb", "bits_per_token"
+        points: As `curve.json` of `hf-rezero prune` has them: each with "sparsity", one of "bpb", "bits_per_token"
             and "loss", and the name of its "score" if there are several.
         path: The PNG to write.
     """

@@ -1,9 +1,9 @@
 """Train or evaluate a classifier of images.
 
-    python scripts/run_image_classification.py --dataset_name uoft-cs/cifar10 --image_column_name img \
+    hf-rezero classify-images --dataset_name uoft-cs/cifar10 --image_column_name img \
         --output_dir outputs/cifar --do_train --do_eval --do_predict --random_crop_padding 4 --random_flip \
         --num_train_epochs 20 --per_device_train_batch_size 128 --learning_rate 0.1 --optim sgd --optim_args momentum=0.9
-    python scripts/run_image_classification.py --train_file mnist --model_type rezero_mlp --output_dir outputs/mnist \
+    hf-rezero classify-images --train_file mnist --model_type rezero_mlp --output_dir outputs/mnist \
         --do_train --do_eval --do_predict --config_overrides num_hidden_layers=32,hidden_size=128 --learning_rate 1e-3
 
 Images are a `datasets` name, folders with one folder for each class, an .npz file, or a folder with MNIST's files. A

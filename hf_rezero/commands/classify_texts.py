@@ -1,12 +1,12 @@
 """Train or evaluate a classifier of texts, read as bytes.
 
-    python scripts/run_classification.py --dataset_name stanfordnlp/sst2 --output_dir outputs/sst2 --do_train --do_eval \
+    hf-rezero classify-texts --dataset_name stanfordnlp/sst2 --output_dir outputs/sst2 --do_train --do_eval \
         --config_overrides num_hidden_layers=6,hidden_size=128 --num_train_epochs 3 --learning_rate 1e-3
-    python scripts/run_classification.py --train_file train.tsv.xz --validation_file dev.tsv --test_file test.tsv \
+    hf-rezero classify-texts --train_file train.tsv.xz --validation_file dev.tsv --test_file test.tsv \
         --model_name_or_path outputs/mlm --output_dir outputs/mine --do_train --do_eval --do_predict
 
 Files are .tsv, .csv, .json or .jsonl, also compressed, with a column of texts and, but for testing, one of labels. A
-new model is a bidirectional encoder; `--model_name_or_path` starts from what `run_mlm.py`, `run_clm.py` or this script
+new model is a bidirectional encoder; `--model_name_or_path` starts from what `hf-rezero mlm`, `hf-rezero clm` or this script
 left. Beside the checkpoint a finished run leaves `all_results.json`, `training.png` and `resweights.png`, and
 `--do_predict` leaves `predict_results.txt`, one `index<TAB>label` for every text.
 """

@@ -1,7 +1,7 @@
 """Train or evaluate a causal language model on raw bytes.
 
-    python scripts/run_clm.py scripts/configs/quickstart.yaml
-    python scripts/run_clm.py --train_file text.xz --config_overrides num_hidden_layers=64,hidden_size=256 \
+    hf-rezero clm scripts/configs/quickstart.yaml
+    hf-rezero clm --train_file text.xz --config_overrides num_hidden_layers=64,hidden_size=256 \
         --output_dir outputs/mine --do_train --do_eval --do_predict --max_steps 1000 --learning_rate 2e-3
 
 The first argument may be a YAML or JSON file of arguments; the command line wins over it. Runs on one process, or on

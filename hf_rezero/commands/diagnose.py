@@ -1,8 +1,8 @@
 """Draw what a checkpoint tells about its depth: the spectrum of its Jacobian, its gradients, its residual weights.
 
-    python scripts/diagnose.py outputs/mine --output_dir outputs/mine/diagnostics
-    python scripts/diagnose.py openai-community/gpt2 --output_dir outputs/gpt2 --train_file text.xz --length 2
-    python scripts/diagnose.py outputs/cifar --output_dir outputs/cifar/diagnostics --train_file cifar10.npz
+    hf-rezero diagnose outputs/mine --output_dir outputs/mine/diagnostics
+    hf-rezero diagnose openai-community/gpt2 --output_dir outputs/gpt2 --train_file text.xz --length 2
+    hf-rezero diagnose outputs/cifar --output_dir outputs/cifar/diagnostics --train_file cifar10.npz
 
 Reads language models, classifiers of texts and tokens, and classifiers of images. The Jacobian goes from the token
 embeddings to the last hidden state, or from the pixels to the logits. Leaves `spectrum.png`, `gradients.png`,

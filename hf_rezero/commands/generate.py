@@ -1,6 +1,6 @@
 """Load a checkpoint with AutoModelForCausalLM and continue a prompt.
 
-python scripts/generate.py outputs/quickstart --prompt "def "
+hf-rezero generate outputs/quickstart --prompt "def "
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Put identity layers into a trained checkpoint, ready to be trained on as a deeper one.
 
-    python scripts/grow.py outputs/mine outputs/deeper --num_layers 6
-    python scripts/grow.py outputs/mine outputs/deeper --after 0 3 5
+    hf-rezero grow outputs/mine outputs/deeper --num_layers 6
+    hf-rezero grow outputs/mine outputs/deeper --after 0 3 5
 
-The grown checkpoint computes what the first one did; `run_clm.py --model_name_or_path outputs/deeper` trains it.
+The grown checkpoint computes what the first one did; `hf-rezero clm --model_name_or_path outputs/deeper` trains it.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Train or evaluate a masked language model, an encoder, on raw bytes.
 
-    python scripts/run_mlm.py --dataset_name python-stdlib --output_dir outputs/mlm --do_train --do_eval --do_predict \
+    hf-rezero mlm --dataset_name python-stdlib --output_dir outputs/mlm --do_train --do_eval --do_predict \
         --config_overrides num_hidden_layers=12,hidden_size=256 --max_steps 1000 --learning_rate 2e-3
 
-Arguments, data and what a finished run leaves are those of `run_clm.py`. As in BERT (Devlin et al. 2019,
+Arguments, data and what a finished run leaves are those of `hf-rezero clm`. As in BERT (Devlin et al. 2019,
 arXiv:1810.04805), a part of the bytes is to be predicted: 80 % of them are replaced by `<|mask|>`, 10 % by a random
 token, 10 % are left as they are. `eval_loss` is nats per predicted byte, `eval_perplexity` its exponential, and
 `eval_accuracy` the share of right answers, all exact for any batch size and number of processes.

@@ -1,11 +1,11 @@
 """Prune a causal language model: by scores in one shot, or by masks learned while it trains.
 
-    python scripts/prune.py --model_name_or_path outputs/quickstart --train_file text.xz --output_dir outputs/pruned \
+    hf-rezero prune --model_name_or_path outputs/quickstart --train_file text.xz --output_dir outputs/pruned \
         --score taylor --prune_targets heads,neurons --prune_target_sparsity 0.5 --max_steps 200
-    python scripts/prune.py --model_name_or_path outputs/quickstart --train_file text.xz --output_dir outputs/learned \
+    hf-rezero prune --model_name_or_path outputs/quickstart --train_file text.xz --output_dir outputs/learned \
         --prune_method l1 --prune_targets heads,neurons --prune_target_sparsity 0.5 --max_steps 1000 \
         --weight_decay 0.01
-    python scripts/prune.py --model_name_or_path outputs/quickstart --train_file text.xz --output_dir outputs/curve \
+    hf-rezero prune --model_name_or_path outputs/quickstart --train_file text.xz --output_dir outputs/curve \
         --score magnitude --sparsities 0.3,0.5,0.7
 
 `--score` removes the units of the lowest score at once, then fine-tunes if `--max_steps` or `--do_train` is given;

@@ -1,7 +1,7 @@
 """Publish the folder of a finished run on the Hugging Face Hub, in one commit.
 
-    python scripts/push_to_hub.py outputs/mine me/mine --dry_run
-    python scripts/push_to_hub.py outputs/mine me/mine --private
+    hf-rezero push outputs/mine me/mine --dry_run
+    hf-rezero push outputs/mine me/mine --private
 
 Config, weights, code, tokenizer, card, reports and pictures go up; checkpoints, optimizer states and pickles do not.
 The token is that of `hf auth login`, or HF_TOKEN.

@@ -22,6 +22,11 @@ from .penalty import Penalty
 from .select import Sizes, keep_above, of_kind, openness_of, select, unit_costs
 
 
+def masks_of(model: nn.Module) -> "Masks | None":
+    """The masks that are attached to a model."""
+    return getattr(model, "pruning_masks", None)
+
+
 class Masks(nn.Module):
     """The masks of all groups of a model, as one vector; the submodule `pruning_masks` of the model they are attached to.
 
@@ -148,7 +153,7 @@ class Masks(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if getattr(self.model, "pruning_masks", None) is self:
+        if masks_of(self.model) is self:
             del self.model.pruning_masks
 
     def _attach(self) -> None:
@@ -327,7 +332,7 @@ def _weights(model, groups, branch_lambda: Mapping[str, float], module_costs) ->
 def _check_attachable(model, groups, kind: str, sphere: bool, options: Mapping) -> None:
     if kind not in MASK_LAYERS:
         raise ValueError(f"got kind={kind!r}: expected {' or '.join(map(repr, MASK_LAYERS))}.")
-    if getattr(model, "pruning_masks", None) is not None:
+    if masks_of(model) is not None:
         raise ValueError("the model has masks already: remove what they prune, or take them off with masks.detach_().")
     if not groups:
         raise ValueError("got no groups: expected those of find_groups(model), or your own.")

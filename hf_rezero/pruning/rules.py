@@ -8,7 +8,7 @@ from torch import nn
 
 from ..structure.architectures import ARCHITECTURES, HEAD_ATTRIBUTES
 from ..structure.cuts import Cut, columns, rows
-from ..structure.modules import BATCH_NORM, child, is_linear, join, output_dim
+from ..structure.modules import BATCH_NORM, can_lack_sublayers, child, config_of, is_linear, join, output_dim
 from ..structure.parameters import check_plain
 from ..structure.residual import is_residual, residual_stacks, stacks
 from .groups import PruningGroup
@@ -82,7 +82,7 @@ def search(model: nn.Module, targets: Sequence[str]) -> dict[str, list[PruningGr
 
 
 def _heads(model: nn.Module) -> Iterator[PruningGroup]:
-    if getattr(getattr(model, "config", None), "add_cross_attention", False):
+    if getattr(config_of(model), "add_cross_attention", False):
         return  # a config has one head count for the two attentions of a layer
     for name, module in model.named_modules():
         for architecture in ARCHITECTURES.values():
@@ -221,8 +221,8 @@ def _layers(model: nn.Module) -> Iterator[PruningGroup]:
 
 def _sublayers(model: nn.Module) -> Iterator[PruningGroup]:
     """Attentions and feed-forward layers one by one, where a layer can do without (its attribute may be None)."""
-    config = getattr(model, "config", None)
-    if not getattr(model, "_supports_per_layer_config", False) or not is_residual(config):
+    config = config_of(model)
+    if not can_lack_sublayers(model) or not is_residual(config):
         return
     for name, stack in stacks(model):
         for kind, last in (("self_attn", "o_proj"), ("mlp", "down_proj")):
@@ -239,8 +239,8 @@ def _sublayers(model: nn.Module) -> Iterator[PruningGroup]:
 
 def _width(model: nn.Module) -> Iterator[PruningGroup]:
     """The residual stream: all that writes to it and all that reads from it; exact only without any norm."""
-    config = getattr(model, "config", None)
-    exact = getattr(model, "_supports_per_layer_config", False) and not getattr(config, "add_cross_attention", False)
+    config = config_of(model)
+    exact = can_lack_sublayers(model) and not getattr(config, "add_cross_attention", False)
     exact = exact and config.norm_position == "none" and not config.final_norm
     if not exact or config.position_embedding_type == "sinusoidal":
         return

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_model
 from torch import nn
 
 from ..files import write_json, written_whole
+from ..structure.modules import config_of, provenance_of
+from .masks import masks_of
 from .report import from_ranges
 from .rules import TARGETS, search
 from .surgery import prune_
@@ -20,9 +22,9 @@ def save_pruned(model: nn.Module, folder: str | PathLike) -> None:
     Raises:
         ValueError: Masks are still attached, or nothing was pruned.
     """
-    if getattr(model, "pruning_masks", None) is not None:
+    if masks_of(model) is not None:
         raise ValueError("masks are attached to the model: remove_pruned_ first.")
-    provenance = getattr(getattr(model, "config", None), "pruning", None) or getattr(model, "pruned", None)
+    provenance = provenance_of(model)
     if provenance is None:
         raise ValueError("nothing was pruned: save the model as you always do.")
     if hasattr(model, "save_pretrained"):
@@ -89,7 +91,7 @@ def read_provenance(folder: str | PathLike) -> dict:
 def replay_(model: nn.Module, provenance: dict) -> None:
     """Remove from a model that was just built what was removed from the saved one, layers first."""
     kept = {name: from_ranges(ranges) for name, ranges in provenance["kept"].items()}
-    holder, attribute = (model.config, "pruning") if hasattr(model, "config") else (model, "pruned")
+    holder, attribute = (model, "pruned") if config_of(model) is None else (model.config, "pruning")
     setattr(holder, attribute, None)
     for targets in (("layers",), ("sublayers",), tuple(t for t in TARGETS if t not in ("layers", "sublayers"))):
         groups = [group for found in search(model, targets).values() for group in found if group.name in kept]

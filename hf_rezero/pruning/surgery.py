@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from ..structure.cuts import Cut
-from ..structure.modules import BATCH_NORM
+from ..structure.modules import BATCH_NORM, can_lack_sublayers, config_of, provenance_of
 from ..structure.residual import renumber_layers, write_config
 from .activations import output_of
 from .groups import PruningGroup
-from .masks import Masks, finalize_masks, scale
+from .masks import Masks, finalize_masks, masks_of, scale
 from .report import PruningReport, from_ranges, to_ranges
 from .select import Sizes, openness_of
 
@@ -67,7 +67,7 @@ def fold_(
     Raises:
         ValueError: A weight is tied, and its factors are neither 0 nor 1.
     """
-    state = {} if optimizer is None else getattr(optimizer, "optimizer", optimizer).state
+    state = {} if optimizer is None else unwrapped(optimizer).state
     tensors = dict(model.named_parameters(remove_duplicate=False))
     readers = [(reader.tensor, factors[group.name], reader) for group in groups for reader in group.readers]
     gates = [
@@ -130,7 +130,7 @@ def prune_(
         >>> net[0].weight.shape, net[2].weight.shape
         (torch.Size([2, 4]), torch.Size([2, 2]))
     """
-    if getattr(model, "pruning_masks", None) is not None:
+    if masks_of(model) is not None:
         raise ValueError("masks are attached to the model: use remove_pruned_, or take them off with masks.detach_().")
     by_name = {group.name: group for group in groups}
     kept = {name: _checked(by_name, name, indices) for name, indices in kept.items()}
@@ -174,7 +174,7 @@ def _parts_to_remove(model: nn.Module, by_name: Mapping[str, PruningGroup], kept
         parts += [group.parts[unit] for unit in gone if group.parts]
         if not len(indices) and not group.parts:
             readers = [model.get_submodule(reader.tensor.rpartition(".")[0]) for reader in group.readers]
-            optional = getattr(model, "_supports_per_layer_config", False) and group.kind in ("heads", "neurons")
+            optional = can_lack_sublayers(model) and group.kind in ("heads", "neurons")
             if not optional or any(reader.bias is not None for reader in readers):
                 raise ValueError(
                     f"all {group.num_units} {group.kind} of {name!r} would go: keep at least one (min_keep), or make "
@@ -284,8 +284,7 @@ def _remove_parts(model: nn.Module, parts: Sequence[str]) -> dict[str, list[int]
 
 def _write_config(model: nn.Module, report: PruningReport, left: Mapping[str, list[int]]) -> None:
     """Sizes and provenance into the config, or the provenance alone into `model.pruned` where there is no config."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "pruning", None) or getattr(model, "pruned", None) or {}
+    config, before = config_of(model), provenance_of(model) or {}
     provenance = {
         "method": report.method,
         "target_sparsity": report.target_sparsity,
@@ -327,7 +326,7 @@ def carry_state_(optimizer: torch.optim.Optimizer, model: nn.Module, replaced: M
     State with the shape of its parameter is cut; numbers stay; other tensors (factored moments) start anew. Parameters
     that are no longer in the model leave their groups, and groups that become empty leave the optimizer.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # what accelerate has wrapped
+    optimizer = unwrapped(optimizer)
     present = set(model.parameters())
     for group in optimizer.param_groups:
         for old in list(group["params"]):
@@ -363,3 +362,8 @@ def _fold_constants(model, by_name, kept, constants: Mapping[str, torch.Tensor])
                 module.weight.movedim(reader.dim, 1).flatten(2).sum(2) if module.weight.ndim > 2 else module.weight
             )
             module.bias += weight @ values if reader.dim == 1 else values @ weight
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside of what accelerate has wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)

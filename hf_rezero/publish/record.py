@@ -14,6 +14,7 @@ from ..data.description import DataDescription, from_known
 from ..data.units import tokens_are_bytes
 from ..diagnostics.resweights import resweight_profile
 from ..files import read_json, write_json
+from ..structure.modules import config_of
 from .redact import UNLISTED, clean_name, command_line, is_hub_name, redact
 
 
@@ -174,7 +175,7 @@ def _of_the_data(tasks, dataset, dataset_tags, dataset_args) -> DataRecord:
 
 
 def _of_the_model(model, processing_class, finetuned_from: str | None) -> ModelRecord:
-    config = getattr(model, "config", None)
+    config = config_of(model)
     record = ModelRecord(
         architectures=[type(model).__name__],
         parameters=sum(p.numel() for p in model.parameters()),

@@ -1,5 +1,7 @@
 """Modules by name, and which side of a weight is which."""
 
+from typing import Any
+
 from torch import nn
 
 
@@ -26,3 +28,19 @@ def join(*parts: str) -> str:
 
 def is_linear(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def config_of(model: nn.Module) -> Any:
+    """The config of a Hugging Face model; None for any other module."""
+    return getattr(model, "config", None)
+
+
+def can_lack_sublayers(model: nn.Module) -> bool:
+    """Whether the config of the model can say that a layer has no attention or no feed-forward sublayer."""
+    return getattr(model, "_supports_per_layer_config", False)
+
+
+def provenance_of(model: nn.Module) -> dict | None:
+    """What was pruned from a model, as its config has it, or the model itself where it has no config."""
+    config = config_of(model)
+    return getattr(model, "pruned", None) if config is None else getattr(config, "pruning", None)

@@ -7,7 +7,7 @@ from torch import nn
 
 from .architectures import ARCHITECTURES
 from .cuts import rows
-from .modules import child, is_linear, join
+from .modules import child, config_of, is_linear, join
 from .parameters import is_resweight
 
 
@@ -28,7 +28,7 @@ def residual_stacks(model: nn.Module) -> Iterator[tuple[str, dict[str, tuple[str
 
 def gates_of(model: nn.Module, name: str, layer: nn.Module) -> tuple[str, ...]:
     """The tensors that switch a whole layer off, leaving the identity; empty if there are none."""
-    config = getattr(model, "config", None)
+    config = config_of(model)
     if not is_residual(config):
         return ()
     shortcuts = (child(layer, "shortcut"), child(layer, "downsample"))
@@ -69,7 +69,7 @@ def renumber_layers(model: nn.Module, stack: Iterable[nn.Module]) -> None:
 
 def write_config(model: nn.Module, num_layers: int | None) -> None:
     """Describe the sizes that the model has now, if the config has words for them."""
-    config = getattr(model, "config", None)
+    config = config_of(model)
     if hasattr(model, "sync_config"):
         model.sync_config()
     elif num_layers is not None and hasattr(config, "num_hidden_layers"):

@@ -20,13 +20,14 @@ from transformers.utils import logging
 from ..files import written_whole
 from ..pruning.groups import PruningGroup
 from ..pruning.mask_layers import MASK_LAYERS
-from ..pruning.masks import Masks, attach_masks
+from ..pruning.masks import Masks, attach_masks, masks_of
 from ..pruning.penalty import Lagrangian
 from ..pruning.report import PruningReport
 from ..pruning.rules import UNITS, find_groups, search
 from ..pruning.select import select
 from ..pruning.storage import read_provenance, replay_
 from ..pruning.surgery import remove_pruned_
+from ..structure.modules import provenance_of
 from .flags import names, number_or_by_name, numbers_by_name, option, read_flags
 
 
@@ -191,7 +192,7 @@ class Pruner(TrainerCallback):
 
     def reset(self) -> None:
         """Forget an earlier call of `train`."""
-        if getattr(self.trainer.model, "pruning_masks", None) is not None:
+        if masks_of(self.trainer.model) is not None:
             self.trainer.model.pruning_masks.detach_()
         self.masks = self.batch = self.restored = None
         self.removed = False
@@ -204,7 +205,7 @@ class Pruner(TrainerCallback):
             state |= {"masks": self.masks.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.removed:
             report = self.trainer.pruning_report
-            provenance = _provenance(self.trainer.model)
+            provenance = provenance_of(self.trainer.model)
             state |= {"provenance": provenance, "report": report and report.to_dict()}
         return state
 
@@ -372,17 +373,13 @@ def rewrap(accelerator, wrapped: nn.Module, model: nn.Module) -> nn.Module:
     return new
 
 
-def _provenance(model: nn.Module) -> dict | None:
-    return getattr(getattr(model, "config", model), "pruning" if hasattr(model, "config") else "pruned", None)
-
-
 def cut_like(model: nn.Module, checkpoint: str, state: dict) -> None:
     """Cut a model that was built as before pruning to the shapes of a checkpoint; one that has them stays as it is.
 
     Raises:
         ValueError: The model was pruned before, and in another way.
     """
-    saved, own = state.get("provenance"), _provenance(model)
+    saved, own = state.get("provenance"), provenance_of(model)
     if saved is None:
         try:
             saved = read_provenance(checkpoint)

@@ -24,6 +24,7 @@ from ..optim.registry import parse_optimizer
 from ..optim.schedules import PiecewiseLinear, keep_constant
 from ..publish.card import is_generated, write_model_card
 from ..publish.record import listed, record_run
+from ..structure.modules import config_of
 from .checkpoints import CheckedTrainer, check_checkpoint, last_checkpoint
 from .evaluation import is_causal_lm, token_nll
 from .finite import FiniteTrainer
@@ -84,7 +85,7 @@ class ReZeroTrainer(FiniteTrainer, CheckedTrainer, PushingTrainer, PruningTraine
         **kwargs,
     ):
         # the Trainer switches the cache off for training, and would write that into every config.json
-        self._saved_use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        self._saved_use_cache = getattr(config_of(model), "use_cache", None)
         super().__init__(model, *args, pruning=pruning, **kwargs)
         unwrapped = self.accelerator.unwrap_model(self.model)
         self._is_causal_lm = is_causal_lm(unwrapped)

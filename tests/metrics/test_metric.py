@@ -42,7 +42,7 @@ def test_the_equation():
     ("nats", "text", "came"), [(-1.0, "abc", "nats=-1.0"), (math.nan, "abc", "nats=nan"), (1.0, "", "0")]
 )
 def test_what_is_no_likelihood_or_no_text_is_refused(metric, nats, text, came):
-    with pytest.raises(ValueError, match=f"{came}.*came: expected"):
+    with pytest.raises(ValueError, match=f"{came}.*: expected"):
         metric.compute(predictions=[nats], references=[text])
 
 
@@ -161,4 +161,4 @@ def test_the_app_computes_what_the_module_does():
 
     assert app.score("héllo", "1.5 2.5") == "0.9618 bits per byte over 6 bytes"
     assert "expected numbers" in app.score("abc", "a b")
-    assert "came: expected" in app.score("abc", "-1")
+    assert ": expected" in app.score("abc", "-1")

@@ -103,7 +103,7 @@ def test_points_that_are_none_are_refused(points):
 def test_what_cannot_be_scheduled_is_refused():
     with pytest.raises(ValueError, match="points of momentum for Adagrad, which has none"):
         PiecewiseLinear(torch.optim.Adagrad(weights()), 10, [[0, 1]], [[0, 0.9]])
-    with pytest.raises(ValueError, match="came with ReduceLROnPlateau, which moves all groups together"):
+    with pytest.raises(ValueError, match="with ReduceLROnPlateau, which moves all groups together"):
         keep_constant(ReduceLROnPlateau(torch.optim.SGD(weights(), lr=1.0)), [0])
 
 
