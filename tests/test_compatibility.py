@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from support.launch import run_workers
+from support.small_models import IMAGE_MODELS, close, padded_batch
 from torch import nn
 from transformers import CompileConfig, ViTImageProcessorPil, pipeline
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,24 +29,12 @@ from hf_rezero import (
     ReZeroForMaskedLM,
     ReZeroForSequenceClassification,
     ReZeroForTokenClassification,
-    ReZeroMLPConfig,
-    ReZeroMLPForImageClassification,
     ReZeroModel,
-    ReZeroResNetConfig,
-    ReZeroResNetForImageClassification,
     byte_tokenizer,
 )
 
 
 TEXTS = ["to be or not to be", "that", "is the question:"]
-IMAGE_MODELS = {
-    "resnet": lambda: ReZeroResNetForImageClassification(
-        ReZeroResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], resweight_init=0.7, num_labels=3)
-    ),
-    "mlp": lambda: ReZeroMLPForImageClassification(
-        ReZeroMLPConfig(image_size=32, num_hidden_layers=3, hidden_size=16, resweight_init=0.7, num_labels=3)
-    ),
-}
 
 
 @pytest.fixture
@@ -68,17 +57,6 @@ def make_pipeline(tmp_path):
         return pipeline(task, model=str(tmp_path), **options)
 
     return make
-
-
-def padded_batch(ids, length=6):
-    """The batch with `length` tokens of padding in front of its first row."""
-    batch, mask = ids.clone(), torch.ones_like(ids)
-    batch[0, :length], mask[0, :length] = 259, 0
-    return {"input_ids": batch, "attention_mask": mask}
-
-
-def close(actual, expected, tolerance=1e-4):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 # pipelines

@@ -43,7 +43,7 @@ from .running import (
     load_any_model,
     parse_arguments,
     predict_and_save,
-    run,
+    run_and_publish,
 )
 
 
@@ -130,7 +130,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="reading the images"):
         parts, names = load_parts(data_args, model_args)
-        parts = limited(used(training_args, cut_validation(parts, data_args.train_val_split)), data_args)
+        parts = shortened_parts(
+            needed_parts(training_args, cut_validation(parts, data_args.train_val_split)), data_args
+        )
         classes = class_names(parts, names, model_args)
         model = make_model(model_args, data_args, parts, classes)
         processor = make_processor(model_args, data_args, model, parts)
@@ -144,7 +146,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=processor,
         compute_metrics=accuracy,
     )
-    return run(
+    return run_and_publish(
         trainer,
         checkpoint,
         predict=lambda: predict_and_save(
@@ -222,7 +224,7 @@ def cut_validation(parts: dict[str, Part], share: float) -> dict[str, Part]:
     return {**parts, "train": train.select(np.sort(order[cut:])), "validation": train.select(np.sort(order[:cut]))}
 
 
-def used(args: ReZeroTrainingArguments, parts: dict[str, Part]) -> dict[str, Part]:
+def needed_parts(args: ReZeroTrainingArguments, parts: dict[str, Part]) -> dict[str, Part]:
     """The parts that the run needs; that of training also where it only has the names of the classes."""
     evaluates = args.do_eval or args.eval_strategy != "no"
     needs = {"train": args.do_train, "validation": evaluates, "test": args.do_predict}
@@ -232,7 +234,7 @@ def used(args: ReZeroTrainingArguments, parts: dict[str, Part]) -> dict[str, Par
     return {part: parts[part] for part, needed in needs.items() if needed or (part == "train" and part in parts)}
 
 
-def limited(parts: dict[str, Part], args: DataArguments) -> dict[str, Part]:
+def shortened_parts(parts: dict[str, Part], args: DataArguments) -> dict[str, Part]:
     """The parts, cut to as many images as are asked for.
 
     Of a part that is sorted by class, as folders are, the first images would be of one class: training images are

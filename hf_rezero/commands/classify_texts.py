@@ -28,7 +28,7 @@ from .running import (
     load_model,
     parse_arguments,
     predict_and_save,
-    run,
+    run_and_publish,
 )
 
 
@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         labels = label_names(tables["train"], data_args.label_column_name)
         tables = cut_validation(tables, data_args.validation_split_percentage)
         parts = {
-            part: encode(tables[part], part, data_args, labels, tokenizer) for part in used(training_args, tables)
+            part: encode(tables[part], part, data_args, labels, tokenizer)
+            for part in needed_parts(training_args, tables)
         }
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     trainer = ReZeroTrainer(
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         compute_metrics=accuracy,
     )
-    return run(
+    return run_and_publish(
         trainer,
         checkpoint,
         predict=lambda: predict_and_save(
@@ -180,7 +181,7 @@ def cut_validation(tables: dict[str, Dataset], percentage: float) -> dict[str, D
     return {**tables, "train": halves["train"], "validation": halves["test"]}
 
 
-def used(args: ReZeroTrainingArguments, tables: dict[str, Dataset]) -> list[str]:
+def needed_parts(args: ReZeroTrainingArguments, tables: dict[str, Dataset]) -> list[str]:
     """The parts that the run needs."""
     evaluates = args.do_eval or args.eval_strategy != "no"
     needs = {"train": args.do_train, "validation": evaluates, "test": args.do_predict}

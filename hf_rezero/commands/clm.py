@@ -22,7 +22,7 @@ from .running import (
     load_bytes,
     load_model,
     parse_arguments,
-    run,
+    run_and_publish,
     shortened,
 )
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         windows = shortened(evaluation_windows(test, block_size, stride), data_args.max_eval_samples)
         return evaluate_and_save(trainer, windows, "test")
 
-    return run(
+    return run_and_publish(
         trainer,
         checkpoint,
         predict,

@@ -28,7 +28,7 @@ from .running import (
     load_bytes,
     load_model,
     parse_arguments,
-    run,
+    run_and_publish,
     shortened,
 )
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     def predict() -> dict[str, float]:
         return evaluate_and_save(trainer, windows(test, data_args, data_args.max_eval_samples, fixed=True), "test")
 
-    return run(
+    return run_and_publish(
         trainer,
         checkpoint,
         predict,

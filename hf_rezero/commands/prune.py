@@ -58,7 +58,7 @@ from .running import (
     load_bytes,
     load_tokenizer,
     parse_arguments,
-    run,
+    run_and_publish,
     shortened,
 )
 
@@ -155,7 +155,7 @@ def prune(
         else:
             trainer.save_model()
     card = {"tasks": "text-generation", "dataset": dataset}
-    return metrics | run(trainer, checkpoint, lambda: evaluate_and_save(trainer, data.test, TEST), **card)
+    return metrics | run_and_publish(trainer, checkpoint, lambda: evaluate_and_save(trainer, data.test, TEST), **card)
 
 
 def check_arguments(model_args: ModelArguments, prune_args: PruneArguments, args) -> list[float]:

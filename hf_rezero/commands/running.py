@@ -268,7 +268,7 @@ def check_output_dir(args: ReZeroTrainingArguments) -> str | bool | None:
     return resume or None
 
 
-def run(
+def run_and_publish(
     trainer: Trainer, checkpoint: str | bool | None, predict: Callable[[], dict[str, float]], **card
 ) -> dict[str, float]:
     """Train, evaluate, predict, and push or write the model card, for which `card` is, as the arguments ask."""
@@ -300,7 +300,7 @@ def _leave_group(trainer: Trainer) -> None:
 def train_and_save(trainer: Trainer, checkpoint: str | bool | None) -> None:
     """Train, then save the model, the metrics, the Trainer's state, and the pictures of the run."""
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(_internal_call=True)  # `run` pushes all at its end, in one commit
+    trainer.save_model(_internal_call=True)  # `run_and_publish` pushes all at its end, in one commit
     if result.metrics:  # none when a run that had finished is taken up: those it saved then stay
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)

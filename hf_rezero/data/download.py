@@ -21,6 +21,7 @@ _CHUNK = 1 << 20
 
 
 def default_cache() -> Path:
+    """Where downloads and unpacked corpora are kept: HF_REZERO_CACHE, or below the cache of Hugging Face."""
     if "HF_REZERO_CACHE" in os.environ:
         return Path(os.environ["HF_REZERO_CACHE"]).expanduser()
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
@@ -28,6 +29,11 @@ def default_cache() -> Path:
 
 
 def download(url: str, cache: Path, remedy: str) -> Path:
+    """The file behind an address, in the cache.
+
+    Raises:
+        ConnectionError: It cannot be fetched, or not whole; `remedy` says what else to do.
+    """
     target = cache / f"download-{cache_key(url)}" / (PurePosixPath(urlsplit(url).path).name or "corpus")
     if target.is_file():
         return target
@@ -61,6 +67,11 @@ OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open, ".zip": _zip_me
 
 
 def decompressed(path: Path, cache: Path) -> Path:
+    """A plain file with the content of a compressed one, in the cache; other files as they are.
+
+    Raises:
+        ValueError: The file is damaged, or an archive of another kind.
+    """
     if path.suffix in {".zst", ".lz4", ".7z", ".rar", ".tar", ".tgz"}:
         raise ValueError(
             f"{path} is an archive of a kind not read here: unpack it, or use one of {', '.join(OPENERS)}"
@@ -82,4 +93,5 @@ def decompressed(path: Path, cache: Path) -> Path:
 
 
 def cache_key(*parts: object) -> str:
+    """A short name for what the parts say."""
     return hashlib.sha256(repr(tuple(map(str, parts))).encode()).hexdigest()[:16]

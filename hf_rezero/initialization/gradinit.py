@@ -30,7 +30,7 @@ from ..optim.muon import orthogonal_steps
 from ..optim.param_groups import output_dims
 from ..structure.loss import Loss
 from ..structure.parameters import decays, is_resweight
-from .trial import Reduce, TrialModel, map_batch, some, trainable
+from .trial import Reduce, TrialModel, first_of, map_batch, trainable
 
 
 Shape = Callable[[Tensor], Tensor]
@@ -329,7 +329,7 @@ class GradInit:
         """
         if state["names"] != list(self.weights):
             other = sorted(set(state["names"]) ^ set(self.weights))
-            raise ValueError(f"the state is that of another model; tensors of only one of the two: {some(other)}")
+            raise ValueError(f"the state is that of another model; tensors of only one of the two: {first_of(other)}")
         self.scales = state["scales"].clone()
         self.moments = {branch: [m.clone() for m in moments] for branch, moments in state["moments"].items()}
         self.history = [dict(entry) for entry in state["history"]]
@@ -348,7 +348,7 @@ class GradInit:
         loss, grads = self.trial.gradient(theta, [batch])
         unused = [name for name, grad in zip(theta, grads, strict=True) if grad is None]
         if unused and not self.history:
-            warnings.warn(f"the loss does not depend on these parameters: {some(unused)}", stacklevel=4)
+            warnings.warn(f"the loss does not depend on these parameters: {first_of(unused)}", stacklevel=4)
         filled = [torch.zeros_like(w) if g is None else g for w, g in zip(theta.values(), grads, strict=True)]
         loss, *grads = self.reduce([loss, *filled])
         return loss.item(), grads
@@ -443,7 +443,7 @@ class GradInit:
         ]
         if bad:
             raise ValueError(
-                f"GradInit step {len(self.history)}: {some(bad)}; check the data and the loss, or start from smaller weights"
+                f"GradInit step {len(self.history)}: {first_of(bad)}; check the data and the loss, or start from smaller weights"
             )
 
     def _warn_about_gamma(self, report: GradInitReport) -> None:

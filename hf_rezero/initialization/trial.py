@@ -113,7 +113,7 @@ def twice_differentiable_attention():
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def some(names: Sequence[str]) -> str:
+def first_of(names: Sequence[str]) -> str:
     """The first eight names and the number of the rest."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
@@ -145,9 +145,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
             raise ValueError(f"{name} {reason}")
     frozen = [name for name, p in named.items() if not p.requires_grad]
     if len(frozen) == len(named):
-        raise ValueError(f"{type(model).__name__} has no trainable parameter; frozen are: {some(frozen) or 'none'}")
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter; frozen are: {first_of(frozen) or 'none'}"
+        )
     if frozen:
-        warnings.warn(f"frozen parameters are used as they are and not scaled: {some(frozen)}", stacklevel=4)
+        warnings.warn(f"frozen parameters are used as they are and not scaled: {first_of(frozen)}", stacklevel=4)
     return {name: p for name, p in named.items() if p.requires_grad}
 
 

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from .record import listed
+from .record import as_list
 
 
 TASKS = {
@@ -69,16 +69,16 @@ def check_metadata(data: Mapping) -> None:
 
 
 def _problems(data: Mapping) -> Iterable[str]:
-    for name in listed(data.get("license")):
+    for name in as_list(data.get("license")):
         if name not in LICENSES:
             yield f"license: got {name!r}, expected a licence of the Hub's list, such as apache-2.0 or other."
     if data.get("license") == "other" and not {"license_name", "license_link"} <= data.keys():
         yield "license: got 'other', expected license_name and license_link beside it."
-    for code in listed(data.get("language")):
+    for code in as_list(data.get("language")):
         if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]+)?|code|multilingual", code):
             yield f"language: got {code!r}, expected an ISO 639 code."
     for field in ("datasets", "base_model"):
-        for name in listed(data.get(field)):
+        for name in as_list(data.get(field)):
             if not re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", name):
                 yield f"{field}: got {name!r}, expected a name on the Hub."
     if data.get("pipeline_tag") not in (None, *AUTO_CLASSES):

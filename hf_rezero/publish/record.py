@@ -165,12 +165,12 @@ def _without_empty(content: Mapping) -> dict:
 
 
 def _of_the_data(tasks, dataset, dataset_tags, dataset_args) -> DataRecord:
-    named = [name for name in listed(dataset_tags) if is_hub_name(name, or_bare=True)]
+    named = [name for name in as_list(dataset_tags) if is_hub_name(name, or_bare=True)]
     return DataRecord(
-        task=listed(tasks)[:1],
-        datasets=[clean_name(name) for name in listed(dataset)],
-        hub_datasets=named or [name for name in listed(dataset) if is_hub_name(name)],
-        dataset_config=listed(dataset_args),
+        task=as_list(tasks)[:1],
+        datasets=[clean_name(name) for name in as_list(dataset)],
+        hub_datasets=named or [name for name in as_list(dataset) if is_hub_name(name)],
+        dataset_config=as_list(dataset_args),
     )
 
 
@@ -261,6 +261,6 @@ def results_of_log(log: Sequence[Mapping], step: int) -> dict[str, float]:
     return results
 
 
-def listed(value: str | Iterable[str] | None) -> list[str]:
+def as_list(value: str | Iterable[str] | None) -> list[str]:
     """None, one or several as a list."""
     return [] if value is None else [value] if isinstance(value, str) else list(value)

@@ -115,5 +115,6 @@ def clean_name(name: str) -> str:
 
 
 def is_hub_name(name: str, or_bare: bool = False) -> bool:
+    """Whether a name looks like owner/name of a repository on the Hub, or like a bare name where that will do."""
     pattern = r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*" if or_bare else r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
     return re.fullmatch(pattern, name) is not None and not Path(name).exists()

@@ -25,4 +25,5 @@ def rows(name: str, module: nn.Module, size: int = 1, offset: int = 0) -> Iterat
 
 
 def columns(name: str, module: nn.Module, size: int = 1) -> Cut:
+    """The entries that read inputs, of the weight."""
     return Cut(f"{name}.weight", 1 - output_dim(module), size)

@@ -23,10 +23,12 @@ def output_dim(module: nn.Module) -> int:
 
 
 def join(*parts: str) -> str:
+    """A dotted name of the parts that are not empty."""
     return ".".join(part for part in parts if part)
 
 
 def is_linear(module: nn.Module | None) -> bool:
+    """Whether a module is a linear layer, of torch or the `Conv1D` of transformers."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

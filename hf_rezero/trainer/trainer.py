@@ -23,7 +23,7 @@ from ..optim.param_groups import resweight_groups
 from ..optim.registry import parse_optimizer
 from ..optim.schedules import PiecewiseLinear, keep_constant
 from ..publish.card import is_generated, write_model_card
-from ..publish.record import listed, record_run
+from ..publish.record import as_list, record_run
 from ..structure.modules import config_of
 from .checkpoints import CheckedTrainer, check_checkpoint, last_checkpoint
 from .evaluation import is_causal_lm, token_nll
@@ -259,7 +259,7 @@ class ReZeroTrainer(FiniteTrainer, CheckedTrainer, PushingTrainer, PruningTraine
         if card.exists() and not is_generated(card.read_text()):
             return logger.warning(f"{card} was written by hand and stays as it is.")
         options = {"name": model_name, "repo_id": self.hub_model_id, "license": license, "language": language}
-        write_model_card(self.args.output_dir, tags=listed(tags), **options)
+        write_model_card(self.args.output_dir, tags=as_list(tags), **options)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model with the `use_cache` that it came with."""

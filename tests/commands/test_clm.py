@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.launch import SCRIPTS, run_script
+from support.launch import SCRIPTS, run_command, run_script
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -180,9 +180,9 @@ def test_a_killed_run_resumes_to_the_same_weights(text, tmp_path, optim):
 def test_two_processes_give_the_losses_of_one(text, tmp_path):
     options = {"max_steps": 30, "do_eval": True, "do_predict": True, "eval_stride": 7}
     run_script("run_clm.py", *arguments(text, tmp_path / "one", **options))
-    # as the README writes it: without --use_cpu, on a machine that may have no other device
+    # as the docs write it: torchrun -m hf_rezero.commands.clm, without --use_cpu, on a machine that may have no other device
     both = {**options, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 3, "use_cpu": False}
-    run_script("run_clm.py", *arguments(text, tmp_path / "two", **both), processes=2)
+    run_command("clm", *arguments(text, tmp_path / "two", **both), processes=2)
     assert (tmp_path / "two" / "checkpoint-30" / "rng_state_1.pth").exists(), "the second process did not take part"
     assert "2 processes" in (tmp_path / "two" / "README.md").read_text()
     # 84 windows make 21 steps an epoch: the second epoch has its own cuts on every process

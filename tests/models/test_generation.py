@@ -5,28 +5,15 @@ All of it with the transformers that is installed; `make test-newest` runs it wi
 
 import pytest
 import torch
+from support.small_models import IMAGE_MODELS, close, padded_batch
 from transformers import DynamicCache, GenerationConfig
 
 from hf_rezero import (
     ReZeroForCausalLM,
     ReZeroForSequenceClassification,
-    ReZeroMLPConfig,
-    ReZeroMLPForImageClassification,
     ReZeroModel,
-    ReZeroResNetConfig,
-    ReZeroResNetForImageClassification,
 )
 from hf_rezero.models.rezero.modeling_rezero import CACHE_NAME
-
-
-IMAGE_MODELS = {
-    "resnet": lambda: ReZeroResNetForImageClassification(
-        ReZeroResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], resweight_init=0.7, num_labels=3)
-    ),
-    "mlp": lambda: ReZeroMLPForImageClassification(
-        ReZeroMLPConfig(image_size=32, num_hidden_layers=3, hidden_size=16, resweight_init=0.7, num_labels=3)
-    ),
-}
 
 
 @pytest.fixture
@@ -37,17 +24,6 @@ def make_model(make_config):
         return model_class(make_config(**{"initializer_range": 1.0, "num_labels": 3, **values})).eval()
 
     return make
-
-
-def padded_batch(ids, length=6):
-    """The batch with `length` tokens of padding in front of its first row."""
-    batch, mask = ids.clone(), torch.ones_like(ids)
-    batch[0, :length], mask[0, :length] = 259, 0
-    return {"input_ids": batch, "attention_mask": mask}
-
-
-def close(actual, expected, tolerance=1e-4):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])

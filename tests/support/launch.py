@@ -22,15 +22,22 @@ def run_workers(code, folder, processes, timeout=300):
     return launch(path, folder, processes=processes, timeout=timeout)
 
 
-def launch(path, *arguments, processes, timeout):
+def run_command(name, *arguments, processes=1, timeout=300):
+    """Run the module of `hf-rezero name`, as torchrun wants it, in `processes` processes."""
+    return launch(f"hf_rezero.commands.{name}", *arguments, processes=processes, timeout=timeout)
+
+
+def launch(program, *arguments, processes, timeout):
+    """Run a file, or a module by its dotted name."""
     launcher = [sys.executable]
     if processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    command = [*launcher, str(path), *map(str, arguments)]
+    module = ["-m"] if isinstance(program, str) else []
+    command = [*launcher, *module, str(program), *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
-    assert done.returncode == 0, f"{path.name} exited with {done.returncode}:\n{done.stderr[-5000:]}"
+    assert done.returncode == 0, f"{program} exited with {done.returncode}:\n{done.stderr[-5000:]}"
     return done
