@@ -52,7 +52,8 @@ class FiniteTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        if norm is None or torch.isfinite(torch.as_tensor(norm)).all():
+        value = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
+        if value is None or torch.isfinite(torch.as_tensor(value)).all():
             self._bad_in_a_row = 0
         else:
             self._skip()
