@@ -35,6 +35,7 @@ from .. import ReZeroTrainer, ReZeroTrainingArguments
 from ..data.augmentation import Augmentation
 from ..data.images import DecodedImages, ImageDataset, channel_statistics, collate_images, read_images
 from ..models.image_processing_gray import GrayImageProcessorPil
+from . import summary
 from .running import (
     ModelArguments,
     accuracy,
@@ -123,7 +124,7 @@ class Part(NamedTuple):
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run what the arguments ask for and return the metrics."""
     model_args, data_args, training_args = parse_arguments(
-        (ImageModelArguments, DataArguments, ReZeroTrainingArguments), __doc__.splitlines()[0], argv
+        (ImageModelArguments, DataArguments, ReZeroTrainingArguments), summary(__doc__), argv
     )
     check_purpose(training_args)
     checkpoint = check_output_dir(training_args)
@@ -169,8 +170,8 @@ def load_parts(args: DataArguments, model_args: ModelArguments) -> tuple[dict[st
     if folders:
         tables = {part: read_folder(folder, model_args.cache_dir) for part, folder in folders.items()}
     else:
-        options = {"cache_dir": model_args.cache_dir, "token": model_args.token}
-        tables = dict(load_dataset(args.dataset_name, args.dataset_config_name, **options))
+        options: dict[str, Any] = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+        tables = dict(load_dataset(str(args.dataset_name), args.dataset_config_name, **options))
     parts = {part: read_table(tables[part], part, args) for part in ("train", "validation", "test") if part in tables}
     if not parts:
         raise ValueError(

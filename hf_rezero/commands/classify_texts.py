@@ -20,6 +20,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
 from .. import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
+from . import summary
 from .running import (
     ModelArguments,
     accuracy,
@@ -73,7 +74,7 @@ class DataArguments:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run what the arguments ask for and return the metrics."""
     model_args, data_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, ReZeroTrainingArguments), __doc__.splitlines()[0], argv
+        (ModelArguments, DataArguments, ReZeroTrainingArguments), summary(__doc__), argv
     )
     check_purpose(training_args)
     checkpoint = check_output_dir(training_args)

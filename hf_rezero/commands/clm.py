@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from .. import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
 from ..data.windows import ByteDataset, collate_bytes, evaluation_windows
+from . import summary
 from .running import (
     DataArguments,
     ModelArguments,
@@ -30,7 +31,7 @@ from .running import (
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run what the arguments ask for and return the metrics."""
     model_args, data_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, ReZeroTrainingArguments), __doc__.splitlines()[0], argv
+        (ModelArguments, DataArguments, ReZeroTrainingArguments), summary(__doc__), argv
     )
     check_purpose(training_args)
     checkpoint = check_output_dir(training_args)

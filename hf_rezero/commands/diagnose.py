@@ -26,6 +26,7 @@ from ..diagnostics.jacobian import jacobian_bounds, jacobian_moments, jacobian_s
 from ..diagnostics.resweights import resweight_profile
 from ..files import write_json
 from ..plots import plot_gradients, plot_jacobian, plot_resweights
+from . import summary
 from .running import load_as_saved
 
 
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments, checked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("model", help="checkpoint folder or Hub name")
     parser.add_argument("--output_dir", type=Path, required=True, help="earlier results in it are replaced")
     data = parser.add_mutually_exclusive_group()

@@ -10,10 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import hf_rezero  # noqa: F401  registers the model with the Auto classes
 
+from . import summary
+
 
 def main(argv: list[str] | None = None) -> str:
     """Print the prompt and what the model makes of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("model", help="checkpoint folder or Hub name")
     parser.add_argument("--prompt", default="def ")
     parser.add_argument("--max_new_tokens", type=int, default=200)

@@ -16,12 +16,13 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .. import grow_
+from . import summary
 from .running import load_as_saved
 
 
 def main(argv: list[str] | None = None) -> list[int]:
     """Grow and save; returns the indices of the new layers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("model", help="checkpoint folder or Hub name")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--num_layers", type=int, help="layers to add, evenly spread over the depth")

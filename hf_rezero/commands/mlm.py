@@ -19,6 +19,7 @@ from transformers import AutoModelForMaskedLM, EvalPrediction, set_seed
 from .. import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
 from ..data.masking import MaskedBytes
 from ..data.windows import collate_bytes
+from . import summary
 from .running import (
     DataArguments,
     ModelArguments,
@@ -37,7 +38,8 @@ from .running import (
 class MaskedDataArguments(DataArguments):
     """The bytes to train on, and how many of them to mask."""
 
-    eval_stride: None = field(default=None, init=False)  # no argument: evaluation windows do not overlap
+    # no argument: evaluation windows do not overlap
+    eval_stride: None = field(default=None, init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
     mlm_probability: float = field(default=0.15, metadata={"help": "Part of the bytes that is to be predicted."})
 
     def __post_init__(self):
@@ -50,7 +52,7 @@ class MaskedDataArguments(DataArguments):
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run what the arguments ask for and return the metrics."""
     model_args, data_args, training_args = parse_arguments(
-        (ModelArguments, MaskedDataArguments, ReZeroTrainingArguments), __doc__.splitlines()[0], argv
+        (ModelArguments, MaskedDataArguments, ReZeroTrainingArguments), summary(__doc__), argv
     )
     check_purpose(training_args)
     checkpoint = check_output_dir(training_args)

@@ -49,6 +49,7 @@ from ..pruning.report import BEFORE, PRUNED
 from ..publish.card import write_model_card
 from ..publish.record import TEST
 from ..trainer.flags import read_flags
+from . import summary
 from .running import (
     DataArguments,
     ModelArguments,
@@ -116,7 +117,7 @@ class TokenTrainer(ReZeroTrainer):
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run what the arguments ask for and return the metrics."""
     model_args, data_args, prune_args, args = parse_arguments(
-        (ModelArguments, DataArguments, PruneArguments, ReZeroTrainingArguments), __doc__.splitlines()[0], argv
+        (ModelArguments, DataArguments, PruneArguments, ReZeroTrainingArguments), summary(__doc__), argv
     )
     sparsities = check_arguments(model_args, prune_args, args)
     trains = args.do_train or args.max_steps > 0 or args.prune_method is not None

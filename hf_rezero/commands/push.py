@@ -11,11 +11,12 @@ import argparse
 from pathlib import Path
 
 from ..publish.push import PushError, files_to_push, push_folder
+from . import summary
 
 
 def main(argv: list[str] | None = None) -> str | None:
     """Push, or list what would be; returns the address of the commit or of the pull request."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("folder", type=Path, help="what a run, or save_pretrained, left")
     parser.add_argument("repo_id", help="owner/name, or name for a repository of your own; made if need be")
     parser.add_argument("--private", action="store_true", default=None, help="make the repository a private one")

@@ -1,11 +1,16 @@
 """Corpora, windows of bytes, images, and the tokenizer whose ids are bytes."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from .corpora import Corpus, load_corpus
 from .tokenizer import byte_tokenizer
 from .windows import ByteDataset, collate_bytes, evaluation_windows
 
+
+if TYPE_CHECKING:
+    from .augmentation import Augmentation
+    from .images import DecodedImages, ImageDataset, channel_statistics, collate_images, read_images
 
 # `datasets`, which images need, takes a second to import
 _WITH_IMAGES = {

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -202,7 +203,7 @@ def _table_parts(
 ) -> dict[str, np.ndarray]:
     import datasets
 
-    options = {"cache_dir": datasets_cache and str(datasets_cache)}
+    options: dict[str, Any] = {"cache_dir": datasets_cache and str(datasets_cache)}
     try:
         if isinstance(source, Path) and source.is_file():
             tables = datasets.load_dataset(_TABLE_READERS[source.suffix], data_files=str(source), **options)

@@ -141,12 +141,12 @@ def jacobian_bounds(
     generator = torch.Generator().manual_seed(seed)
     bounds = []
     for point in _points(function, inputs):
-        products = point.jvp, point.vjp
+        forward, backward = point.jvp, point.vjp
         if point.num_inputs > point.num_outputs:  # else the null space of J would hide its smallest singular value
-            products = products[::-1]
+            forward, backward = backward, forward
         size = min(point.num_inputs, point.num_outputs)
         start = torch.randn(size, generator=generator, dtype=torch.float64).to(point.x.device)
-        values, residuals = _golub_kahan(*products, start, num_steps)
+        values, residuals = _golub_kahan(forward, backward, start, num_steps)
         bounds.append(torch.stack((values[0], residuals[0], values[-1], residuals[-1])))
     return JacobianBounds(*torch.stack(bounds, dim=1))
 
@@ -256,7 +256,8 @@ def _bind_text(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Callable
         x = inputs["inputs_embeds"].double()
     elif "input_ids" in inputs:
         with torch.no_grad():
-            x = model.get_input_embeddings()(inputs["input_ids"])
+            embed: nn.Module = model.get_input_embeddings()  # pyright: ignore[reportCallIssue] a method
+            x = embed(inputs["input_ids"])
     else:
         raise ValueError(
             f"the batch has the keys {sorted(inputs)}: expected input_ids, inputs_embeds or pixel_values among them."

@@ -99,7 +99,7 @@ def lie_alike(*lists: list[Tensor]) -> bool:
 
 def gradients(params: list[Tensor]) -> list[Tensor]:
     """The gradients, in the memory layout of their parameters, so that a fused kernel may take them."""
-    grads = [p.grad for p in params]
+    grads: list[Tensor] = [p.grad for p in params]  # pyright: ignore[reportAssignmentType] those without are left out
     if lie_alike(params, grads):
         return grads
     return [

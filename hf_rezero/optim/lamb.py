@@ -65,7 +65,7 @@ class LAMB(WholeMatrices):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride] torch has overloads
         """Update every parameter that has a gradient; returns the loss of the closure."""
         loss = evaluate(closure)
         for group in self.param_groups:

@@ -59,7 +59,7 @@ class LARS(WholeMatrices):
         )
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride] torch has overloads
         """Update every parameter that has a gradient; returns the loss of the closure."""
         loss = evaluate(closure)
         for group in self.param_groups:

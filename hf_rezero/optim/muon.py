@@ -88,7 +88,7 @@ class Muon(WholeMatrices):
         super().__init__(params, adam | {"momentum": momentum, "num_iterations": num_iterations})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride] torch has overloads
         """Update every parameter that has a gradient; returns the loss of the closure."""
         loss = evaluate(closure)
         for group in self.param_groups:

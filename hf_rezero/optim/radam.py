@@ -88,7 +88,7 @@ class RAdam(Optimizer):
         super().__init__(params, defaults | {"degenerated_to_sgd": degenerated_to_sgd, "fused": fused})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride] torch has overloads
         """Update every parameter that has a gradient; returns the loss of the closure."""
         loss = evaluate(closure)
         for group in self.param_groups:

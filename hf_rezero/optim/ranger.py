@@ -74,7 +74,7 @@ class Ranger(WholeMatrices, RAdam):
             keep_precision(self)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride] torch has overloads
         """Update every parameter that has a gradient; returns the loss of the closure."""
         refuse_step_in_eval(self)
         loss = evaluate(closure)

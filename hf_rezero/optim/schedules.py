@@ -79,7 +79,8 @@ def _checked(points: Points) -> tuple[tuple[float, float], ...]:
 
 
 def _value(points: Points, share: float) -> float:
-    return float(np.interp(share, *zip(*points, strict=True)))
+    shares, values = zip(*points, strict=True)
+    return float(np.interp(share, shares, values))
 
 
 def _momentum(group: dict) -> float:

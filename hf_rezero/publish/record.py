@@ -214,8 +214,8 @@ def _versions() -> dict[str, str]:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
-            module = sys.modules.get(name)
-            found |= {name: module.__version__} if hasattr(module, "__version__") else {}
+            own_version = getattr(sys.modules.get(name), "__version__", None)
+            found |= {name: own_version} if own_version else {}
     return found
 
 

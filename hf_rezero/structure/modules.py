@@ -10,11 +10,10 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 def child(module: nn.Module, name: str) -> nn.Module | None:
     """The submodule of this dotted name, or None."""
+    found: nn.Module | None = module
     for part in name.split("."):
-        module = getattr(module, part, None)
-        if module is None:
-            return None
-    return module
+        found = getattr(found, part, None)
+    return found
 
 
 def output_dim(module: nn.Module) -> int:

@@ -20,6 +20,6 @@ def reinitialize_(model: nn.Module, init_weights: Callable[[nn.Module], None] | 
             tensor._is_hf_initialized = False  # transformers leaves tensors that it has loaded alone
         if init_weights is not None:
             init_weights(module)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
     return model

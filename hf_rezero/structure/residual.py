@@ -63,14 +63,14 @@ def renumber_layers(model: nn.Module, stack: Iterable[nn.Module]) -> None:
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = index
     for module in model.modules():
-        if hasattr(module, "number_attention_layers"):
-            module.number_attention_layers()
+        if callable(number := getattr(module, "number_attention_layers", None)):
+            number()
 
 
 def write_config(model: nn.Module, num_layers: int | None) -> None:
     """Describe the sizes that the model has now, if the config has words for them."""
     config = config_of(model)
-    if hasattr(model, "sync_config"):
-        model.sync_config()
+    if callable(sync := getattr(model, "sync_config", None)):
+        sync()
     elif num_layers is not None and hasattr(config, "num_hidden_layers"):
         config.num_hidden_layers = num_layers

@@ -6,7 +6,8 @@ from torch import nn
 
 def is_causal_lm(model: nn.Module) -> bool:
     """Whether a model generates text and is no encoder-decoder."""
-    generates = hasattr(model, "can_generate") and model.can_generate()
+    can_generate = getattr(model, "can_generate", None)
+    generates = callable(can_generate) and bool(can_generate())
     return generates and not getattr(model.config, "is_encoder_decoder", False)
 
 

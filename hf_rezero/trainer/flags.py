@@ -28,7 +28,7 @@ def flags_of(config_class: type, prefix: str, **off: Any) -> type:
     arguments = []
     for f in fields(config_class):
         default = off.get(f.name, f.default)
-        kind = str if f.metadata["read"] else f.type
+        kind: Any = str if f.metadata["read"] else f.type
         kind = kind | None if default is None else kind
         arguments.append((_name(f, prefix), kind, field(default=default, metadata={"help": f.metadata["help"]})))
     return make_dataclass(f"FlagsOf{config_class.__name__}", arguments)
