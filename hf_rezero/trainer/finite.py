@@ -44,11 +44,19 @@ class FiniteTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.skipped_steps, self._bad_in_a_row = 0, 0
         self._last_inputs: dict[str, Any] = {}
+        self._norms: dict[str, torch.Tensor] = {}
 
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
         """One forward and backward pass, whose batch is remembered."""
         self._last_inputs = inputs
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def _clip_grad_norm(self, model: nn.Module):
+        """Clip, after the norm of each gradient is taken: a total norm of NaN makes all of them NaN."""
+        gradients = {n: p.grad for n, p in self.model.named_parameters() if type(p.grad) is torch.Tensor}
+        norms = torch._foreach_norm(list(gradients.values())) if gradients else []
+        self._norms = dict(zip(gradients, norms, strict=True))
+        return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
@@ -62,7 +70,7 @@ class FiniteTrainer(Trainer):
     def _skip(self) -> None:
         self.skipped_steps += 1
         self._bad_in_a_row += 1
-        found = nonfinite({name: p.grad for name, p in self.model.named_parameters()})
+        found = nonfinite(self._norms or {name: p.grad for name, p in self.model.named_parameters()})
         step = self.state.global_step + 1
         if self._bad_in_a_row >= self.args.max_bad_steps:
             self._snapshot()

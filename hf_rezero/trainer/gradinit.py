@@ -84,7 +84,7 @@ def run_gradinit(trainer: Trainer, config: GradInitConfig, resume: bool) -> Grad
         resume: Go on from what an interrupted run has saved.
 
     Raises:
-        ValueError: As `GradInit` and `algorithm_for`, and if the initial weights are not those of the interrupted run.
+        ValueError: As `GradInit` and `OptimizerSpec.trial_step`, and if the initial weights are not those of the interrupted run.
     """
     args, model = trainer.args, trainer.model
     _same_everywhere(model)

@@ -1,4 +1,4 @@
-"""Start a script on several processes of this machine, joined by gloo."""
+"""Start a script, a command or a worker on several processes of this machine, joined by gloo."""
 
 import os
 import socket
