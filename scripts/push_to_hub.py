@@ -1,7 +1,8 @@
 """`hf-rezero push` from a checkout, for python, torchrun and accelerate launch; see --help."""
 
+from hf_rezero.commands.entry import run_command
 from hf_rezero.commands.push import main
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,7 +1,8 @@
 """`hf-rezero classify-images` from a checkout, for python, torchrun and accelerate launch; see --help."""
 
 from hf_rezero.commands.classify_images import main
+from hf_rezero.commands.entry import run_command
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from .entry import run_command
+
 
 COMMANDS = {
     "clm": "train or evaluate a causal language model",
@@ -30,14 +32,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         sys.exit(f"hf-rezero got {name!r}: expected one of {', '.join(COMMANDS)}.")
     sys.argv[:] = [f"hf-rezero {name}", *arguments]  # the name in the usage, and in the record of the run
-    import_module(f".{name.replace('-', '_')}", __package__).main(arguments)
+    run_command(import_module(f".{name.replace('-', '_')}", __package__).main)
 
 
 def overview() -> str:
     """The commands with what they do, one a line."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {purpose}" for name, purpose in COMMANDS.items()]
-    return "\n".join(["usage: hf-rezero COMMAND [arguments]", "", *lines, "", "hf-rezero COMMAND --help says more."])
+    more = "hf-rezero COMMAND --help says more; --debug shows where an error came from."
+    return "\n".join(["usage: hf-rezero COMMAND [arguments]", "", *lines, "", more])
 
 
 if __name__ == "__main__":

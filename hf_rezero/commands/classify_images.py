@@ -36,6 +36,7 @@ from ..data.augmentation import Augmentation
 from ..data.images import DecodedImages, ImageDataset, channel_statistics, collate_images, read_images
 from ..models.image_processing_gray import GrayImageProcessorPil
 from . import summary
+from .entry import run_command
 from .running import (
     ModelArguments,
     accuracy,
@@ -396,4 +397,4 @@ def label_ids(labels: np.ndarray, classes: list[str], part: str) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

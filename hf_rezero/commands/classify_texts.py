@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from .. import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
 from . import summary
+from .entry import run_command
 from .running import (
     ModelArguments,
     accuracy,
@@ -230,4 +231,4 @@ def has_labels(table: Dataset, part: str, column: str, labels: list[str]) -> boo
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from .. import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
 from ..data.windows import ByteDataset, collate_bytes, evaluation_windows
 from . import summary
+from .entry import run_command
 from .running import (
     DataArguments,
     ModelArguments,
@@ -67,4 +68,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

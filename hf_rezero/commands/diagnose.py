@@ -27,6 +27,7 @@ from ..diagnostics.resweights import resweight_profile
 from ..files import write_json
 from ..plots import plot_gradients, plot_jacobian, plot_resweights
 from . import summary
+from .entry import run_command
 from .running import load_as_saved
 
 
@@ -257,4 +258,4 @@ def print_summary(found: dict, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

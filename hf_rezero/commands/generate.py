@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 import hf_rezero  # noqa: F401  registers the model with the Auto classes
 
 from . import summary
+from .entry import run_command
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -35,4 +36,4 @@ def main(argv: list[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,6 +17,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .. import grow_
 from . import summary
+from .entry import run_command
 from .running import load_as_saved
 
 
@@ -51,4 +52,4 @@ def main(argv: list[str] | None = None) -> list[int]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

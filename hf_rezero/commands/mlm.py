@@ -20,6 +20,7 @@ from .. import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
 from ..data.masking import MaskedBytes
 from ..data.windows import collate_bytes
 from . import summary
+from .entry import run_command
 from .running import (
     DataArguments,
     ModelArguments,
@@ -103,4 +104,4 @@ def add_up(prediction: EvalPrediction) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

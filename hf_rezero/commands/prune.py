@@ -50,6 +50,7 @@ from ..publish.card import write_model_card
 from ..publish.record import TEST
 from ..trainer.flags import read_flags
 from . import summary
+from .entry import run_command
 from .running import (
     DataArguments,
     ModelArguments,
@@ -398,4 +399,4 @@ def load_lines(model: PreTrainedModel, folder: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,8 +10,9 @@ The token is that of `hf auth login`, or HF_TOKEN.
 import argparse
 from pathlib import Path
 
-from ..publish.push import PushError, files_to_push, push_folder
+from ..publish.push import files_to_push, push_folder
 from . import summary
+from .entry import run_command
 
 
 def main(argv: list[str] | None = None) -> str | None:
@@ -25,13 +26,10 @@ def main(argv: list[str] | None = None) -> str | None:
     parser.add_argument("--commit_message", default="Upload model")
     parser.add_argument("--dry_run", action="store_true", help="only list what would be published, and what would not")
     args = parser.parse_args(argv)
-    try:
-        if args.dry_run:
-            return show(args.folder, files_to_push(args.folder))
-        options = {name: getattr(args, name) for name in ("private", "revision", "create_pr", "commit_message")}
-        commit = push_folder(args.folder, args.repo_id, **options)
-    except (PushError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+    if args.dry_run:
+        return show(args.folder, files_to_push(args.folder))
+    options = {name: getattr(args, name) for name in ("private", "revision", "create_pr", "commit_message")}
+    commit = push_folder(args.folder, args.repo_id, **options)
     address = commit.pr_url or commit.commit_url
     print(f"published: {address}")
     return address
@@ -52,4 +50,4 @@ def show(folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -480,7 +480,7 @@ def test_the_script_lists_without_asking_the_hub_and_then_publishes(hub, worker,
 
 
 def test_the_script_says_in_one_line_what_is_wrong(hub, worker, folder):
-    assert re.match("SystemExit: error: other/mine: the token gives no", script(worker, folder, "other/mine")["error"])
+    assert re.match("PushError: other/mine: the token gives no", script(worker, folder, "other/mine")["error"])
     (folder / "model.safetensors").unlink()
     assert "lacks model.safetensors" in script(worker, folder, "me/mine")["error"]
     assert "--create_pr" in script(worker, "--help")["printed"]
