@@ -14,11 +14,20 @@ class FeedForward(NamedTuple):
     reader: str
 
 
-class Branches(NamedTuple):
-    """A layer x + F(N(x)): the norm in front of its first branch, and the last projection of each branch."""
+class ResidualLayer(NamedTuple):
+    """One layer, x <- x + F(x) for each of its branches F, by paths from the layer; a path that it lacks is passed over.
 
-    norm: str
-    last: tuple[str, ...]
+    Attributes:
+        writers: The last projection of each branch. A module that has them all is such a layer.
+        branch_norms: Norms inside of the branches, x + F(N(x)) or x + N(F(x)): without writers the layer is the identity.
+        stream_norms: Norms of the sum, N(x + F(x)), which change x whatever the writers are.
+        qk_norms: Norms of queries and keys, which are no part of the residual stream.
+    """
+
+    writers: tuple[str, ...]
+    branch_norms: tuple[str, ...] = ()
+    stream_norms: tuple[str, ...] = ()
+    qk_norms: tuple[str, ...] = ()
 
 
 class Architecture(NamedTuple):
@@ -28,7 +37,11 @@ class Architecture(NamedTuple):
         attention: Query, key, value and output projections; empty where they are fused.
         fused_attention: The projection of query, key and value in one, and the output projection.
         feed_forwards: The feed-forward layers that the family knows.
-        pre_norm: How its layers are told that read normed input.
+        layers: Its residual layers; where several fit a module, the one with the most writers and norms describes it.
+        embeddings: What starts the residual stream: endings of the names of token tables, and of other tensors.
+        positions: What is added to it, likewise: tables of positions and of segments.
+        embedding_norms: Norms between these and the first layer, by endings.
+        final_norms: Norms behind the last layer, by endings.
 
     Example:
         A family that the table lacks:
@@ -41,26 +54,63 @@ class Architecture(NamedTuple):
     attention: tuple[str, ...] = ()
     fused_attention: tuple[str, ...] = ()
     feed_forwards: tuple[FeedForward, ...] = ()
-    pre_norm: Branches | None = None
+    layers: tuple[ResidualLayer, ...] = ()
+    embeddings: tuple[str, ...] = ()
+    positions: tuple[str, ...] = ()
+    embedding_norms: tuple[str, ...] = ()
+    final_norms: tuple[str, ...] = ()
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "ReZero, Llama, Mistral, Qwen, Gemma": Architecture(
         attention=("q_proj", "k_proj", "v_proj", "o_proj"),
         feed_forwards=(FeedForward(("gate_proj", "up_proj"), "down_proj"), FeedForward(("up_proj",), "down_proj")),
-        pre_norm=Branches("input_layernorm", ("self_attn.o_proj", "mlp.down_proj")),
+        layers=(
+            ResidualLayer(
+                ("self_attn.o_proj", "mlp.down_proj"),
+                branch_norms=("input_layernorm", "post_attention_layernorm"),
+                qk_norms=("self_attn.q_norm", "self_attn.k_norm"),
+            ),
+        ),
+        embeddings=("embed_tokens",),
+        final_norms=("model.norm",),
     ),
     "GPT-2": Architecture(
         fused_attention=("c_attn", "c_proj"),
         feed_forwards=(FeedForward(("c_fc",), "c_proj"),),
-        pre_norm=Branches("ln_1", ("attn.c_proj", "mlp.c_proj")),
+        layers=(
+            ResidualLayer(
+                ("attn.c_proj", "mlp.c_proj"),
+                branch_norms=("ln_1", "ln_2"),
+            ),
+        ),
+        embeddings=("wte",),
+        positions=("wpe",),
+        final_norms=("ln_f",),
     ),
     "BERT, RoBERTa": Architecture(
         attention=("self.query", "self.key", "self.value", "output.dense"),
         feed_forwards=(FeedForward(("intermediate.dense",), "output.dense"),),
+        layers=(
+            ResidualLayer(
+                ("attention.output.dense", "output.dense"),
+                stream_norms=("attention.output.LayerNorm", "output.LayerNorm"),
+            ),
+        ),
+        embeddings=("word_embeddings",),
+        positions=("position_embeddings", "token_type_embeddings"),
+        embedding_norms=("embeddings.LayerNorm",),
     ),
     "DistilBERT": Architecture(
         attention=("q_lin", "k_lin", "v_lin", "out_lin"), feed_forwards=(FeedForward(("lin1",), "lin2"),)
+    ),
+    "ViT": Architecture(
+        attention=("q_proj", "k_proj", "v_proj", "o_proj"),
+        feed_forwards=(FeedForward(("fc1",), "fc2"),),
+        layers=(ResidualLayer(("attention.o_proj", "mlp.fc2"), branch_norms=("layernorm_before", "layernorm_after")),),
+        embeddings=("cls_token", "patch_embeddings.projection"),
+        positions=("position_embeddings",),
+        final_norms=("layernorm",),
     ),
     "nn.TransformerEncoderLayer": Architecture(feed_forwards=(FeedForward(("linear1",), "linear2"),)),
 }

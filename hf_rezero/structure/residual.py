@@ -5,16 +5,16 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from .architectures import ARCHITECTURES
+from .architectures import ARCHITECTURES, Architecture, ResidualLayer
 from .cuts import rows
 from .modules import child, config_of, is_linear, join
 from .parameters import is_resweight
 
 
-def stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The lists of two modules or more, by name."""
+def stacks(model: nn.Module, at_least: int = 2) -> Iterator[tuple[str, nn.Module]]:
+    """The lists of `at_least` modules, by name."""
     for name, module in model.named_modules():
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) >= at_least:
             yield name, module
 
 
@@ -38,12 +38,35 @@ def gates_of(model: nn.Module, name: str, layer: nn.Module) -> tuple[str, ...]:
     resweights = tuple(join(name, n) for n, _ in layer.named_parameters() if own.fullmatch(n) and is_resweight(n))
     if resweights:
         return resweights
-    for norm, branches in (a.pre_norm for a in ARCHITECTURES.values() if a.pre_norm):
-        projections = [child(layer, branch) for branch in branches]
-        if child(layer, norm) is not None and all(is_linear(p) for p in projections):
-            both = zip(branches, projections, strict=True)
-            return tuple(cut.tensor for b, p in both for cut in rows(join(name, b), p))
-    return ()
+    row = row_of(layer)
+    if row is None or any(is_norm(child(layer, norm)) for norm in row[1].stream_norms):
+        return ()
+    return tuple(
+        tensor for writer in row[1].writers for tensor in _gates_of_writer(join(name, writer), child(layer, writer))
+    )
+
+
+def _gates_of_writer(name: str, writer: nn.Module) -> tuple[str, ...]:
+    """Its residual weight where it has one, else all that it writes."""
+    if hasattr(writer, "resweight"):
+        return (join(name, "resweight"),)
+    return tuple(cut.tensor for cut in rows(name, writer))
+
+
+def row_of(layer: nn.Module) -> tuple[Architecture, ResidualLayer] | None:
+    """What the table says of a layer: of the rows whose writers it has, the one that names the most of its parts."""
+
+    def found(row: tuple[Architecture, ResidualLayer]) -> int:
+        return sum(child(layer, part) is not None for parts in row[1] for part in parts)
+
+    rows = [(a, described) for a in ARCHITECTURES.values() for described in a.layers]
+    fitting = [row for row in rows if all(is_linear(child(layer, writer)) for writer in row[1].writers)]
+    return max(fitting, key=found, default=None)
+
+
+def is_norm(module: nn.Module | None) -> bool:
+    """Whether a norm is there and was not replaced by the identity."""
+    return module is not None and not isinstance(module, nn.Identity)
 
 
 def is_residual(config) -> bool:

@@ -7,7 +7,7 @@ from torch import nn
 from hf_rezero.pruning import attach_masks, find_groups, magnitude, prune_, remove_pruned_, select
 from hf_rezero.pruning.mask_layers import MASK_LAYERS, MaskLayer
 from hf_rezero.pruning.penalty import Penalty
-from hf_rezero.structure.architectures import ARCHITECTURES, Architecture, Branches, FeedForward
+from hf_rezero.structure.architectures import ARCHITECTURES, Architecture, FeedForward, ResidualLayer
 
 
 class Attention(nn.Module):
@@ -39,7 +39,7 @@ class Layer(nn.Module):
 TOY = Architecture(
     attention=("wq", "wk", "wv", "wo"),
     feed_forwards=(FeedForward(("w1",), "w2"),),
-    pre_norm=Branches("norm", ("attention.wo", "w2")),
+    layers=(ResidualLayer(("attention.wo", "w2"), branch_norms=("norm",)),),
 )
 
 
