@@ -15,6 +15,7 @@ COMMANDS = {
     "mlm": "train or evaluate a masked language model",
     "classify-texts": "train or evaluate a classifier of texts",
     "classify-images": "train or evaluate a classifier of images",
+    "tokenizer": "train a byte-level BPE tokenizer on a text",
     "prune": "make a trained language model smaller",
     "grow": "put new layers into a trained model",
     "diagnose": "draw the Jacobian, the gradients and the residual weights of a model",

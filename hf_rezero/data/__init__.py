@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .bpe import train_bpe
 from .corpora import Corpus, load_corpus
 from .tokenizer import byte_tokenizer
 from .windows import ByteDataset, collate_bytes, evaluation_windows
@@ -35,6 +36,7 @@ __all__ = [
     "evaluation_windows",
     "load_corpus",
     "read_images",
+    "train_bpe",
 ]
 
 
