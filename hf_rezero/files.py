@@ -54,14 +54,17 @@ def _finite(content: Any) -> Any:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON in a file, or nothing where there is none.
+    """The JSON object in a file, or nothing where there is none.
 
     Raises:
-        ValueError: The file is damaged.
+        ValueError: The file is damaged, or holds something else than an object.
     """
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, or let the run write it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {str(content)[:40]}, not an object: remove it, or let the run write it again.")
+    return content

@@ -191,6 +191,10 @@ class _Geometry(NamedTuple):
     smallest: float  # the length along d||g||_A/dg that fp numbers can still tell from 0
 
 
+class NonFiniteStepError(ValueError):
+    """A step of GradInit met infinity or NaN, and was not taken."""
+
+
 class GradInit:
     """Algorithm 1 of GradInit, one step at a time: what `gradinit_` loops over.
 
@@ -266,7 +270,8 @@ class GradInit:
             trial_batches: S~, the batches whose mean loss is taken after the trial step, as `half_overlap` gives them.
 
         Raises:
-            ValueError: There is no loss, or loss, gradient norm or a scale gradient is not finite.
+            ValueError: There is no loss.
+            NonFiniteStepError: Loss, gradient norm or a scale gradient is not finite; the state is that before the step.
 
         Warns:
             UserWarning: Tensors without gradient, in the first step.
@@ -442,7 +447,7 @@ class GradInit:
             if not math.isfinite(value)
         ]
         if bad:
-            raise ValueError(
+            raise NonFiniteStepError(
                 f"GradInit step {len(self.history)}: {first_of(bad)}; check the data and the loss, or start from smaller weights"
             )
 

@@ -9,15 +9,23 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from ..files import written_whole
+from ..files import read_json, write_json, written_whole
 
 
 logger = logging.get_logger(__name__)
 BATCH = "nonfinite_batch.pt"
+NOT_FINITE = "not_finite"  # in logs how many values were not, in result files which
 
 
 class NonFiniteError(RuntimeError):
     """Gradients or weights are infinite or NaN, and going on or saving would lose the run."""
+
+
+def save_batch(trainer: Trainer, inputs: dict[str, Any]) -> None:
+    """Write the tensors of a batch to `output_dir/nonfinite_batch.pt`, for a look at what broke the run."""
+    if trainer.is_world_process_zero():
+        with written_whole(Path(trainer.args.output_dir, BATCH)) as path:
+            torch.save({name: value for name, value in inputs.items() if torch.is_tensor(value)}, path)
 
 
 def nonfinite(tensors: dict[str, torch.Tensor | None], at_most: int = 5) -> list[str]:
@@ -43,6 +51,7 @@ class FiniteTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.skipped_steps, self._bad_in_a_row = 0, 0
+        self.step_is_left_out = False
         self._last_inputs: dict[str, Any] = {}
         self._norms: dict[str, torch.Tensor] = {}
 
@@ -61,10 +70,11 @@ class FiniteTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         value = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
-        if value is None or torch.isfinite(torch.as_tensor(value)).all():
-            self._bad_in_a_row = 0
-        else:
+        self.step_is_left_out = value is not None and not torch.isfinite(torch.as_tensor(value)).all()
+        if self.step_is_left_out:
             self._skip()
+        else:
+            self._bad_in_a_row = 0
         return norm
 
     def _skip(self) -> None:
@@ -73,7 +83,7 @@ class FiniteTrainer(Trainer):
         found = nonfinite(self._norms or {name: p.grad for name, p in self.model.named_parameters()})
         step = self.state.global_step + 1
         if self._bad_in_a_row >= self.args.max_bad_steps:
-            self._snapshot()
+            save_batch(self, self._last_inputs)
             raise NonFiniteError(
                 f"the gradients of {self._bad_in_a_row} steps in a row are not finite, up to step {step}, first of "
                 f"{', '.join(found)}: lower the learning rate, look at the batch in {BATCH}, or train in bf16 or fp32."
@@ -82,11 +92,6 @@ class FiniteTrainer(Trainer):
         if self.accelerator.scaler is None:  # a gradient scaler leaves the step out itself, and needs the gradients
             for parameter in self.model.parameters():
                 parameter.grad = None
-
-    def _snapshot(self) -> None:
-        if self.is_world_process_zero():
-            with written_whole(Path(self.args.output_dir, BATCH)) as path:
-                torch.save({name: value for name, value in self._last_inputs.items() if torch.is_tensor(value)}, path)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """Save a checkpoint of weights that are finite; the rotation of older ones comes after."""
@@ -101,15 +106,57 @@ class FiniteTrainer(Trainer):
     def _check_weights(self, target: str) -> None:
         found = nonfinite(dict(self.accelerator.unwrap_model(self.model).named_parameters()))
         if found:
-            self._snapshot()
+            save_batch(self, self._last_inputs)
             raise NonFiniteError(
                 f"{target} was not written: the weights are not finite, first {', '.join(found)}. Go on from an earlier "
                 f"checkpoint with a lower learning rate."
             )
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        """Whether the last evaluation was the best so far; one that is NaN or infinite never is."""
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        if name in metrics and not math.isfinite(metrics[name]):
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a training loss with the number of steps that were left out, and without numbers that JSON does not have."""
-        if "loss" in logs:
-            logs |= {"skipped_steps": self.skipped_steps} if self.skipped_steps else {}
-            logs = {name: value for name, value in logs.items() if math.isfinite(value)}
+        """Log what is finite, the number of values that are not, and the number of steps that were left out."""
+        logs |= {"skipped_steps": self.skipped_steps} if "loss" in logs and self.skipped_steps else {}
+        bad = _not_finite(logs)
+        if bad:
+            logs = {name: value for name, value in logs.items() if name not in bad} | {NOT_FINITE: len(bad)}
         super().log(logs, start_time)
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """Write `{split}_results.json` and `all_results.json`, whole, and as JSON that every reader takes.
+
+        A metric that is NaN or infinite is null there, and named in `not_finite`. An `all_results.json` that cannot be
+        read, as a run leaves it that is killed while an earlier release writes it, starts anew.
+        """
+        if not self.is_world_process_zero():
+            return
+        bad = _not_finite(metrics)
+        if bad:
+            logger.warning(f"the metrics {', '.join(bad)} are not finite, and null in {split}_results.json.")
+        folder = Path(self.args.output_dir)
+        write_json(folder / f"{split}_results.json", _sorted(metrics | ({NOT_FINITE: bad} if bad else {})))
+        if combined:
+            known = _readable(folder / "all_results.json")
+            bad += [name for name in known.pop(NOT_FINITE, []) if name not in metrics]
+            write_json(folder / "all_results.json", _sorted(known | metrics | ({NOT_FINITE: bad} if bad else {})))
+
+
+def _not_finite(values: dict[str, Any]) -> list[str]:
+    return [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+
+
+def _sorted(values: dict[str, Any]) -> dict[str, Any]:
+    return dict(sorted(values.items()))
+
+
+def _readable(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        logger.warning(f"{error} It is written anew.")
+        return {}

@@ -12,13 +12,18 @@ from accelerate.utils import broadcast
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.utils import logging
 
 from ..files import written_whole
-from ..initialization.gradinit import GradInit, GradInitReport, half_overlap
+from ..initialization.gradinit import GradInit, GradInitReport, NonFiniteStepError, half_overlap
 from ..initialization.trial import mean_over_processes
 from ..optim.registry import parse_optimizer
 from ..structure.kept import random_numbers_kept
+from .finite import BATCH, NonFiniteError, save_batch
 from .flags import option, read_flags
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -84,6 +89,7 @@ def run_gradinit(trainer: Trainer, config: GradInitConfig, resume: bool) -> Grad
         resume: Go on from what an interrupted run has saved.
 
     Raises:
+        NonFiniteError: `max_bad_steps` batches in a row give infinity or NaN.
         ValueError: As `GradInit` and `OptimizerSpec.trial_step`, and if the initial weights are not those of the interrupted run.
     """
     args, model = trainer.args, trainer.model
@@ -91,24 +97,45 @@ def run_gradinit(trainer: Trainer, config: GradInitConfig, resume: bool) -> Grad
     options = config.options(args)
     init = GradInit(model, loss_fn=_loss_of(trainer), reduce=mean_over_processes, **options)
     path, norms = state_file(args.output_dir), [p.norm().item() for p in model.parameters()]
-    if resume:
-        _load(init, path, norms, options)
+    left_out = _load(init, path, norms, options) if resume else 0
     done = len(init.history)
     bar = tqdm(
         desc="GradInit", total=config.num_steps, initial=done, disable=args.disable_tqdm or args.process_index > 0
     )
     with bar, random_numbers_kept():
         set_seed(args.seed)
-        for batch, fresh in islice(pairwise(_endless(trainer.get_train_dataloader())), done, config.num_steps):
-            init.step(batch, half_overlap(batch, fresh))
+        batches = islice(pairwise(_endless(trainer.get_train_dataloader())), done + left_out, None)
+        for skipped in _steps(trainer, init, batches, config.num_steps, left_out):
             bar.update()
             if len(init.history) in (config.num_steps, *range(0, config.num_steps, config.save_steps)):
-                _save(trainer, {"gradinit": init.state_dict(), "norms": norms, "options": options}, path)
+                state = {"gradinit": init.state_dict(), "norms": norms, "options": options, "skipped": skipped}
+                _save(trainer, state, path)
     report = init.fold_()
     if trainer.is_world_process_zero():
         report.save(path.with_name("report.json"))
         report.plot(path.with_name("report.png"))
     return report
+
+
+def _steps(trainer: Trainer, init: GradInit, batches: Iterator[tuple], num_steps: int, skipped: int) -> Iterator[int]:
+    """Take steps up to `num_steps`, and tell after each how many batches were left out, as what they gave was not finite.
+
+    Raises:
+        NonFiniteError: `max_bad_steps` batches in a row were left out.
+    """
+    in_a_row = 0
+    while len(init.history) < num_steps:
+        batch, fresh = next(batches)
+        try:
+            init.step(batch, half_overlap(batch, fresh))
+            in_a_row = 0
+            yield skipped
+        except NonFiniteStepError as error:
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            if in_a_row >= trainer.args.max_bad_steps:
+                save_batch(trainer, batch)
+                raise NonFiniteError(f"{in_a_row} batches in a row, the last in {BATCH}: {error}.") from None
+            logger.warning(f"{error}. The batch is left out.")
 
 
 def _same_everywhere(model: nn.Module) -> None:
@@ -135,7 +162,8 @@ def _save(trainer: Trainer, state: dict, path: Path) -> None:
             torch.save(state, temporary)
 
 
-def _load(init: GradInit, path: Path, norms: list[float], options: dict) -> None:
+def _load(init: GradInit, path: Path, norms: list[float], options: dict) -> int:
+    """Take over what was learned; returns how many batches were left out."""
     state = torch.load(path, weights_only=True)
     before = state.get("options", options)  # a state of an earlier release does not tell
     other = [
@@ -152,3 +180,4 @@ def _load(init: GradInit, path: Path, norms: list[float], options: dict) -> None
             f"leave out --resume_from_checkpoint and use another output_dir."
         )
     init.load_state_dict(state["gradinit"])
+    return state.get("skipped", 0)

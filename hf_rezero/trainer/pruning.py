@@ -243,7 +243,7 @@ class Pruner(TrainerCallback):
             self.masks.layer.beta.fill_(self.config.beta + done * (self.config.beta_end - self.config.beta))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self.masks is None:
+        if self.masks is None or self.trainer.step_is_left_out:
             return
         for parameter in self.masks.parameters():
             # the data gradient: DDP was built without the masks, and the gradient scaler does not know their optimizer
@@ -259,18 +259,21 @@ class Pruner(TrainerCallback):
         return gradient if scaler is None else gradient / scaler.get_scale()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        if self.masks is None or self._overflows():
+        if self.masks is None or self.trainer.step_is_left_out or self._overflows():
             return
         self.optimizer.step()
         self.masks.after_step()
 
     def _overflows(self) -> bool:
-        """Whether a gradient scaler skips this step; inside of a fused optimizer it does so unnoticed."""
-        if getattr(self.trainer.accelerator, "scaler", None) is None:
-            return False
+        """Whether a gradient of the masks is not finite, or a gradient scaler skips this step.
+
+        Inside of a fused optimizer the scaler does so unnoticed.
+        """
         gradients = [p.grad for p in self.masks.parameters() if p.grad is not None]
-        finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
-        return self.trainer.accelerator.optimizer_step_was_skipped or not finite
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            return True
+        scaled = getattr(self.trainer.accelerator, "scaler", None) is not None
+        return scaled and self.trainer.accelerator.optimizer_step_was_skipped
 
     def on_step_end(self, args, state, control, **kwargs):
         self._advance(state)
@@ -395,6 +398,8 @@ def cut_like(model: nn.Module, checkpoint: str, state: dict) -> None:
 
 class PruningTrainer(Trainer):
     """The `Trainer` with a `Pruner`: see `ReZeroTrainer`."""
+
+    step_is_left_out = False  # by `FiniteTrainer`: then the masks take none either
 
     def __init__(self, *args, pruning: PruningConfig | None = None, **kwargs):
         super().__init__(*args, **kwargs)

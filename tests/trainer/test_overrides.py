@@ -12,6 +12,7 @@ from hf_rezero import ReZeroTrainer
 # checked with transformers 5.17, 5.23 and 5.24: a change upstream may have changed who calls them and what they must do
 OVERRIDDEN = {
     "_clip_grad_norm": ["self", "model"],
+    "_determine_best_metric": ["self", "metrics", "trial"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
