@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .structure.states import check_loads_of
+
 
 __all__ = ["RZTXDecoderLayer", "RZTXEncoderLayer", "ReZero"]
 
@@ -94,6 +96,7 @@ class _RZTXLayer(nn.Module):
         self.dropout2 = nn.Dropout(dropout)
         self.resweight = nn.Parameter(torch.zeros(1, **factory))
         self.activation = _find_activation(activation)
+        check_loads_of(self)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.linear2(self.dropout(self.activation(self.linear1(x))))
@@ -222,6 +225,7 @@ class ReZero(nn.Module):
         self.module = module
         device = next((p.device for p in module.parameters()), None)
         self.resweight = nn.Parameter(torch.full((1,), float(resweight_init), dtype=torch.float32, device=device))
+        check_loads_of(self)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor | tuple:
         """Returns a tensor of the shape of x, or a tuple that begins with it; further arguments go to the module."""

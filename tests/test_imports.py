@@ -20,7 +20,7 @@ RULES = {
     "models": ({"torch", "transformers", "PIL"}, set()),
     "structure": ({"torch", "numpy"}, set()),
     "files": (set(), set()),
-    "layers": ({"torch"}, set()),
+    "layers": ({"torch"}, {"structure"}),
     "plots": ({"matplotlib"}, {"files"}),
     "moved": (set(), set()),
     "metrics": ({"evaluate", "datasets", "gradio"}, set()),

@@ -30,6 +30,7 @@ from ..optim.muon import orthogonal_steps
 from ..optim.param_groups import output_dims
 from ..structure.loss import Loss
 from ..structure.parameters import decays, is_resweight
+from ..structure.states import check_tensors
 from .trial import Reduce, TrialModel, first_of, map_batch, trainable
 
 
@@ -102,6 +103,11 @@ class GradInitReport:
         scales.axhline(1, color="black", linewidth=0.5)
         scales.set(xlabel="tensor, from the input to the output", ylabel="scale")
         save_figure(figure, path)
+
+
+def _tensors(scales: Tensor, moments: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """What a state holds, by names for a message."""
+    return {"scales": scales} | {f"moment {i} of {branch}": m for branch, ms in moments.items() for i, m in enumerate(ms)}
 
 
 def _rows(batch: Any) -> int:
@@ -330,11 +336,12 @@ class GradInit:
         """Go on where another run stopped.
 
         Raises:
-            ValueError: The state is that of a model with other tensors.
+            ValueError: The state is that of a model with other tensors, or holds numbers that are not finite.
         """
         if state["names"] != list(self.weights):
             other = sorted(set(state["names"]) ^ set(self.weights))
             raise ValueError(f"the state is that of another model; tensors of only one of the two: {first_of(other)}")
+        check_tensors(_tensors(state["scales"], state["moments"]), _tensors(self.scales, self.moments), "the state")
         self.scales = state["scales"].clone()
         self.moments = {branch: [m.clone() for m in moments] for branch, moments in state["moments"].items()}
         self.history = [dict(entry) for entry in state["history"]]

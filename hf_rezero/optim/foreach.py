@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+
+from .loading import CheckedOptimizer
 
 
 # A list of this many numbers stays in the cache of one core between the kernels of an update: measured 2x at
@@ -122,7 +123,7 @@ def refuse_flat_shards(params: Iterable[Tensor], technique: str) -> None:
             )
 
 
-class WholeMatrices(Optimizer):
+class WholeMatrices(CheckedOptimizer):
     """An optimizer that refuses what was flattened, in every group that it is given; the first base where there are more."""
 
     def add_param_group(self, param_group: dict) -> None:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..structure.states import check_tensors
 from .foreach import chunks, closure_of
+from .loading import entries
 
 
 def lookahead_defaults(k: int, alpha: float, momentum: float = 0.0) -> dict:
@@ -163,11 +165,10 @@ def keep_precision(optimizer: Optimizer) -> None:
     saved = {}
 
     def before_load(optimizer, state_dict):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        for p, key in zip(params, keys, strict=False):  # torch itself refuses other numbers of parameters
-            entry = state_dict["state"].get(key, {})
+        for key, p, entry in entries(optimizer, state_dict):
             saved[p] = {name: entry[name] for name in ("slow", "slow_momentum") if name in entry}
+            named = {f"{name} of parameter {key}": tensor for name, tensor in saved[p].items()}
+            check_tensors(named, dict.fromkeys(named, p), "the state of Lookahead")
 
     def after_load(optimizer):
         for p, entry in saved.items():

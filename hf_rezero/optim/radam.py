@@ -3,10 +3,10 @@
 import math
 
 import torch
-from torch.optim import Optimizer
 
 from .adamw import adam_state, adamw_, check_hyperparameters
 from .foreach import buckets, evaluate, gradients
+from .loading import CheckedOptimizer
 
 
 def huge(dtype: torch.dtype) -> float:
@@ -47,7 +47,7 @@ def as_adamw(group: dict, step: int, dtype: torch.dtype) -> dict:
     return {"lr": 0.0, "weight_decay": 0.0, "eps": 1.0}
 
 
-class RAdam(Optimizer):
+class RAdam(CheckedOptimizer):
     """Rectified Adam with decoupled weight decay (Liu et al. 2020, arXiv:1908.03265), on the fused AdamW kernel.
 
     Equal to `torch.optim.RAdam(decoupled_weight_decay=True)`, several times faster.

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..structure.cuts import Cut
 from ..structure.parameters import is_resweight
+from ..structure.states import check_loads_of
 from .groups import PruningGroup
 from .mask_layers import MASK_LAYERS, FixedMaskLayer, MaskLayer
 from .penalty import Penalty
@@ -67,6 +68,7 @@ class Masks(nn.Module):
         self._current, self._handles = None, []
         self._model = [model]  # in a list, or the model would be its own grandchild
         self.sphere = _Sphere(model, groups) if sphere else None
+        check_loads_of(self)
 
     @property
     def model(self) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..files import write_json, written_whole
 from ..structure.modules import config_of, provenance_of
+from ..structure.states import check_tensors
 from .masks import masks_of
 from .report import from_ranges
 from .rules import TARGETS, search
@@ -45,7 +46,8 @@ def load_pruned(folder: str | PathLike, model: nn.Module) -> nn.Module:
             `AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))`.
 
     Raises:
-        ValueError: The folder holds no pruned model, or not one of this architecture.
+        ValueError: The folder holds no pruned model, or not one of this architecture, or a tensor of another kind or with
+            values that are not finite.
 
     Example:
         >>> import torch
@@ -63,6 +65,7 @@ def load_pruned(folder: str | PathLike, model: nn.Module) -> nn.Module:
     state = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         state |= load_file(path)
+    check_tensors(state, model.state_dict(), str(folder))
     missing, unexpected = _load(model, state)
     if missing or unexpected:
         raise ValueError(

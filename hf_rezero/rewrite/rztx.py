@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..structure.states import check_tensors
+
 
 # the names of a layer, ours and theirs; query, key and value are one matrix there
 NAMES = {
@@ -26,7 +28,8 @@ def rztx_to_rezero(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state_dict: With `layers.0.self_attn.in_proj_weight` and so on, whatever stands before `layers`.
 
     Raises:
-        ValueError: There are no such layers, or tensors of them that have no place here, as those of decoder layers.
+        ValueError: There are no such layers, or tensors of them that have no place here, as those of decoder
+            layers, or tensors that are not floating point or not finite.
 
     Example:
         >>> import torch
@@ -109,6 +112,8 @@ def _layer_tensors(state_dict: Mapping[str, Tensor]):
     """Layer, name in the layer, and tensor."""
     found = [(re.search(r"(?:^|\.)layers\.(\d+)\.(.+)$", key), tensor) for key, tensor in state_dict.items()]
     layers = [(int(match[1]), match[2], tensor) for match, tensor in found if match]
+    named = {match[0].lstrip("."): tensor for match, tensor in found if match}
+    check_tensors(named, dict.fromkeys(named, torch.ones(1)), "the state dict")
     if not layers:
         raise ValueError(f"no key has layers.0. in it: {', '.join(list(state_dict)[:3])} ...")
     return layers

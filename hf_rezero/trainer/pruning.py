@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..files import written_whole
+from ..optim.loading import check_state
 from ..pruning.groups import PruningGroup
 from ..pruning.mask_layers import MASK_LAYERS
 from ..pruning.masks import Masks, attach_masks, masks_of
@@ -295,6 +296,7 @@ class Pruner(TrainerCallback):
         self.optimizer = torch.optim.Adam(self.masks.parameters(), lr=self.config.mask_learning_rate)
         if saved:
             self.masks.load_state_dict(saved["masks"])
+            check_state(self.optimizer, saved["optimizer"])
             self.optimizer.load_state_dict(saved["optimizer"])
         if self.trainer.is_world_process_zero():
             _truncate_history(self._folder() / "history.jsonl", step if saved else -1)

@@ -1,0 +1,85 @@
+"""Tensors that are about to be loaded: each is of the kind that it takes the place of, and holds numbers."""
+
+from collections.abc import Mapping
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def fault_of(new: Tensor, old: Tensor) -> str | None:
+    """What is wrong with a tensor that is to take the place of another, as the end of a sentence; None: nothing.
+
+    torch casts whatever it is given: whole numbers and truth values to floating point, complex ones to their real part.
+    Infinite values may only stand where there are some already, as in a mask of attention.
+
+    Args:
+        new: The tensor that is loaded.
+        old: A tensor of the right kind.
+
+    Example:
+        >>> fault_of(torch.ones(2, dtype=torch.int64), torch.ones(2))
+        'is of torch.int64, expected floating point as torch.float32'
+        >>> fault_of(torch.tensor([1.0, torch.nan]), torch.ones(2))
+        'holds 1 of 2 values that are infinite or NaN'
+        >>> fault_of(torch.ones(2, dtype=torch.bfloat16), torch.ones(2))
+    """
+    if _kind(new) != _kind(old):
+        return f"is of {new.dtype}, expected {_kind(old)} as {old.dtype}"
+    bad = _not_finite(new)
+    if bad and not _not_finite(old):
+        return f"holds {bad} of {new.numel()} values that are infinite or NaN"
+    return None
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.dtype == torch.bool:
+        return "truth values"
+    return "complex numbers" if tensor.is_complex() else "floating point" if tensor.is_floating_point() else "integers"
+
+
+def _not_finite(tensor: Tensor) -> int:
+    """The number of values that are infinite or NaN; of a shard, those that are here. Quantised tensors have none."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if local.is_meta or type(local) not in (Tensor, nn.Parameter) or _kind(local) in ("truth values", "integers"):
+        return 0
+    return int((~torch.isfinite(local)).sum())
+
+
+def faults(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> list[str]:
+    """A sentence for each tensor of `new` that must not take the place of its namesake."""
+    found = [(name, fault_of(tensor, old[name])) for name, tensor in new.items() if name in old]
+    return [f"{name} {fault}" for name, fault in found if fault]
+
+
+def check_tensors(new: Mapping[str, Tensor], old: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that must not take the place of their namesakes.
+
+    Args:
+        new: What is loaded, by name.
+        old: Tensors of the right kind; names of only one of the two are passed over.
+        source: Where `new` comes from, for the message.
+
+    Raises:
+        ValueError: There are some; the message names the first.
+
+    Example:
+        >>> check_tensors({"w": torch.tensor([torch.inf])}, {"w": torch.ones(1)}, "a.safetensors")
+        Traceback (most recent call last):
+        ...
+        ValueError: a.safetensors cannot be loaded: w holds 1 of 1 values that are infinite or NaN. Save it again, or use an earlier one.
+    """
+    if found := faults(new, old):
+        more = f", and {len(found) - 1} more tensors are no better" if len(found) > 1 else ""
+        raise ValueError(f"{source} cannot be loaded: {found[0]}{more}. Save it again, or use an earlier one.")
+
+
+def check_loads_of(module: nn.Module) -> None:
+    """Let `load_state_dict` of a module, or of what it is a part of, refuse such tensors with a `ValueError`."""
+    module.register_load_state_dict_pre_hook(_refuse)
+
+
+def _refuse(module: nn.Module, state_dict: Mapping, prefix: str, *_) -> None:
+    own = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    check_tensors(state_dict, {prefix + name: tensor for name, tensor in own}, f"a state of {type(module).__name__}")
