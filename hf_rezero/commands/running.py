@@ -36,6 +36,7 @@ from ..diagnostics.resweights import resweight_profile
 from ..files import write_text
 from ..optim.registry import split_items
 from ..plots import plot_resweights, plot_training
+from ..structure.states import check_finite
 from ..trainer.arguments import ReZeroTrainingArguments
 from ..trainer.checkpoints import last_checkpoint
 from ..trainer.gradinit import state_file
@@ -211,7 +212,8 @@ def load_any_model(
         raise ValueError("--config_overrides shapes a new model: leave out --config_name and --model_name_or_path.")
     if args.model_name_or_path:
         options |= load_options or {}
-        return auto_class.from_pretrained(args.model_name_or_path, **hub, **options, **config_values)
+        model = auto_class.from_pretrained(args.model_name_or_path, **hub, **options, **config_values)
+        return check_finite(model, args.model_name_or_path)
     if args.config_name:
         config = AutoConfig.from_pretrained(args.config_name, **hub, **config_values)
     else:
@@ -345,7 +347,7 @@ def load_as_saved(name: str, trust_remote_code: bool):
     architecture = (config.architectures or [""])[0]
     for ending, auto_class in AUTO_CLASSES.items():
         if architecture.endswith(ending):
-            return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code)
+            return check_finite(auto_class.from_pretrained(name, trust_remote_code=trust_remote_code), name)
     raise ValueError(
         f"{name} holds a {architecture or 'model of unknown class'}: expected one of {', '.join(AUTO_CLASSES)}."
     )

@@ -107,7 +107,9 @@ class GradInitReport:
 
 def _tensors(scales: Tensor, moments: dict[str, list[Tensor]]) -> dict[str, Tensor]:
     """What a state holds, by names for a message."""
-    return {"scales": scales} | {f"moment {i} of {branch}": m for branch, ms in moments.items() for i, m in enumerate(ms)}
+    return {"scales": scales} | {
+        f"moment {i} of {branch}": m for branch, ms in moments.items() for i, m in enumerate(ms)
+    }
 
 
 def _rows(batch: Any) -> int:

@@ -43,7 +43,9 @@ def check_state(optimizer: Optimizer, state_dict: Mapping) -> None:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{source} cannot be loaded: {name} of a group is {value}, expected a finite number.")
     for key, p, entry in entries(optimizer, state_dict):
-        tensors = {f"{name} of parameter {key}": v for name, v in entry.items() if isinstance(v, Tensor) and name != "step"}
+        tensors = {
+            f"{name} of parameter {key}": v for name, v in entry.items() if isinstance(v, Tensor) and name != "step"
+        }
         check_tensors(tensors, dict.fromkeys(tensors, p), source)
         for name, tensor in tensors.items():
             if tensor.shape != p.shape:

@@ -57,6 +57,17 @@ class PiecewiseLinear(LambdaLR):
                 group.setdefault("initial_momentum", _momentum(group))
         super().__init__(optimizer, lambda step: _value(points, step / num_training_steps), last_epoch)
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go on where another run stopped.
+
+        Raises:
+            ValueError: A learning rate of the state is not a finite number, or its step is no whole number.
+        """
+        rates, step = [*state_dict["base_lrs"], *state_dict.get("_last_lr", [])], state_dict["last_epoch"]
+        if not (np.isfinite(rates).all() and isinstance(step, int) and step >= 0):
+            raise ValueError(f"got a state of step {step} with the learning rates {rates}: expected finite numbers.")
+        super().load_state_dict(state_dict)
+
     def step(self, epoch: int | None = None) -> None:
         """Go on by one step."""
         super().step(epoch)

@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def fault_of(new: Tensor, old: Tensor) -> str | None:
@@ -73,6 +77,21 @@ def check_tensors(new: Mapping[str, Tensor], old: Mapping[str, Tensor], source: 
     if found := faults(new, old):
         more = f", and {len(found) - 1} more tensors are no better" if len(found) > 1 else ""
         raise ValueError(f"{source} cannot be loaded: {found[0]}{more}. Save it again, or use an earlier one.")
+
+
+def check_finite(model: M, source: str) -> M:
+    """The model, after a look at whether all its weights are numbers: `from_pretrained` loads whatever is in a file.
+
+    Raises:
+        ValueError: A weight is infinite or NaN.
+    """
+    for name, p in model.named_parameters():
+        if bad := _not_finite(p.detach()):
+            raise ValueError(
+                f"{source} holds weights that are no numbers: {bad} of {p.numel()} values of {name} are infinite or "
+                f"NaN. Copy or download it again, or use an earlier checkpoint."
+            )
+    return model
 
 
 def check_loads_of(module: nn.Module) -> None:

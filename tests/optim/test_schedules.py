@@ -160,3 +160,10 @@ def test_trainer_refuses_constant_rates_of_missing_residual_weights(arguments):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=16, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="the residual weights of GPT2LMHeadModel were asked for, and the groups"):
         make_trainer(model, arguments(resweight_constant_lr=True)).train()
+
+
+@pytest.mark.parametrize("damage", [{"base_lrs": [float("nan")]}, {"last_epoch": float("nan")}, {"last_epoch": -2}])
+def test_a_damaged_state_is_refused(damage):
+    scheduler = PiecewiseLinear(torch.optim.SGD(weights(), lr=0.4), 4, [(0, 0), (1, 1)])
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        scheduler.load_state_dict(scheduler.state_dict() | damage)

@@ -6,8 +6,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from hf_rezero import LAMB, LARS, Muon, RAdam, Ranger, RangerLARS, ReZero, RZTXDecoderLayer, RZTXEncoderLayer, lookahead
+from hf_rezero import (
+    LAMB,
+    LARS,
+    Muon,
+    RAdam,
+    Ranger,
+    RangerLARS,
+    ReZero,
+    ReZeroConfig,
+    ReZeroForCausalLM,
+    RZTXDecoderLayer,
+    RZTXEncoderLayer,
+    lookahead,
+)
+from hf_rezero.commands.running import ModelArguments, load_any_model, load_as_saved
 from hf_rezero.initialization.gradinit import GradInit, half_overlap
 from hf_rezero.pruning import attach_masks, find_groups, load_pruned, prune_, save_pruned
 from hf_rezero.rewrite import rztx_to_rezero
@@ -53,7 +68,9 @@ def test_every_tensor_of_an_optimizer(name, damage):
     net, optimizer = _stepped(name)
     whole = copy.deepcopy(optimizer.state_dict())
     before = copy.deepcopy(optimizer.state_dict()["state"])
-    names = [key for key, value in whole["state"][0].items() if isinstance(value, torch.Tensor) and _of_ours(name, key)]
+    names = [
+        key for key, value in whole["state"][0].items() if isinstance(value, torch.Tensor) and _of_ours(name, key)
+    ]
     assert names
     for key in names:
         state = copy.deepcopy(whole)
@@ -68,7 +85,11 @@ def test_every_tensor_of_an_optimizer(name, damage):
     "group, entry, message",
     [
         ({"lr": float("nan")}, {}, "lr of a group is nan"),
-        ({}, {"exp_avg": torch.ones(5)}, r"exp_avg of parameter 0 has the shape \(5,\), and the parameter has \(2, 3\)"),
+        (
+            {},
+            {"exp_avg": torch.ones(5)},
+            r"exp_avg of parameter 0 has the shape \(5,\), and the parameter has \(2, 3\)",
+        ),
         ({}, {"step": -3}, "step of parameter 0 is -3"),
         ({}, {"step": torch.tensor(torch.nan)}, "step of parameter 0 is nan"),
     ],
@@ -125,7 +146,9 @@ def test_what_may_be_infinite_or_whole_stays_allowed():
     block.load_state_dict(block.state_dict())
     assert fault_of(torch.ones(1, dtype=torch.bfloat16), torch.ones(1)) is None
     assert fault_of(torch.ones(1, device="meta"), torch.ones(1)) is None
-    assert fault_of(torch.tensor([1]), torch.tensor([True])) == "is of torch.int64, expected truth values as torch.bool"
+    assert (
+        fault_of(torch.tensor([1]), torch.tensor([True])) == "is of torch.int64, expected truth values as torch.bool"
+    )
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -177,3 +200,17 @@ def test_converted_layers(damage):
     name = "layers.1.linear2.weight"
     with pytest.raises(ValueError, match=f"{name} (is of torch|holds)"):
         rztx_to_rezero(state | {name: DAMAGES[damage](state[name])})
+
+
+def test_commands_refuse_weights_that_are_no_numbers(tmp_path):
+    model = ReZeroForCausalLM(ReZeroConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    model.save_pretrained(tmp_path)
+    load_as_saved(str(tmp_path), trust_remote_code=False)
+    model.get_input_embeddings().weight.data[3] = torch.nan
+    model.save_pretrained(tmp_path)
+    for load in (
+        lambda: load_as_saved(str(tmp_path), trust_remote_code=False),
+        lambda: load_any_model(ModelArguments(model_name_or_path=str(tmp_path)), AutoModelForCausalLM, {}),
+    ):
+        with pytest.raises(ValueError, match=r"16 of 4224 values of model\.embed_tokens\.weight are infinite or NaN"):
+            load()
