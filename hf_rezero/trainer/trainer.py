@@ -14,8 +14,6 @@ from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from ..data.description import DataDescription, describe_data
-from ..data.units import BITS_PER_BYTE
 from ..diagnostics.resweights import resweight_profile, warn_of_blocked_branches
 from ..initialization.gradinit import GradInitReport
 from ..optim import decays, param_groups
@@ -26,7 +24,7 @@ from ..publish.card import is_generated, write_model_card
 from ..publish.record import as_list, record_run
 from ..structure.modules import config_of
 from .checkpoints import CheckedTrainer, check_checkpoint, last_checkpoint
-from .evaluation import is_causal_lm, token_nll
+from .evaluation import EvaluatingTrainer
 from .finite import FiniteTrainer
 from .gradinit import GradInitConfig, run_gradinit, state_file
 from .pruning import PruningConfig, PruningTrainer
@@ -36,13 +34,13 @@ from .pushing import PushingTrainer
 logger = logging.get_logger(__name__)
 
 
-class ReZeroTrainer(FiniteTrainer, CheckedTrainer, PushingTrainer, PruningTrainer):
+class ReZeroTrainer(FiniteTrainer, CheckedTrainer, PushingTrainer, EvaluatingTrainer, PruningTrainer):
     """The `Trainer`, with right parameter groups, exact bits per byte, and the residual weights in its logs.
 
     - Weight decay applies to tensors with two or more dimensions, so never to residual weights, norms and biases.
     - Every evaluation of a causal language model gains `{prefix}_bpb`: the summed negative log-likelihood over
-      ln 2 and over the number of predicted tokens. With one token per byte that is bits per byte. It is summed by
-      sample, so it is exact for any batch size and number of processes, and no logits are kept.
+      ln 2 and over the number of predicted tokens. With one token per byte that is bits per byte. No logits are kept.
+    - `{prefix}_bpb` and `{prefix}_loss` are exact for any batch size and number of processes, see `EvaluatingTrainer`.
     - A model whose `forward` knows `skip_logits` trains without them, on the loss in chunks; label smoothing and loss
       functions of the caller get the logits still.
     - Label smoothing shifts the labels of every causal language model, not only of those that transformers lists.
@@ -88,10 +86,7 @@ class ReZeroTrainer(FiniteTrainer, CheckedTrainer, PushingTrainer, PruningTraine
         self._saved_use_cache = getattr(config_of(model), "use_cache", None)
         super().__init__(model, *args, pruning=pruning, **kwargs)
         unwrapped = self.accelerator.unwrap_model(self.model)
-        self._is_causal_lm = is_causal_lm(unwrapped)
         self._skips_logits = "skip_logits" in inspect.signature(unwrapped.forward).parameters
-        self._nll, self._predicted = 0.0, 0
-        self.evaluated: dict[str, DataDescription] = {}  # the data behind each prefix of metrics
         self.gradinit, self.gradinit_report = gradinit or GradInitConfig.from_arguments(self.args), None
         is_by_caller = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if self.gradinit is not None and self.gradinit.algorithm is None and is_by_caller:
@@ -214,29 +209,6 @@ class ReZeroTrainer(FiniteTrainer, CheckedTrainer, PushingTrainer, PruningTraine
         if self._skips_logits:
             inputs = {**inputs, "skip_logits": True}
         return super().training_step(model, inputs, *args, **kwargs)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Predict one batch, adding its log-likelihood to the sums that give bits per byte."""
-        if not self._is_causal_lm or inputs.get("labels") is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
-        nll, predicted = token_nll(logits[0] if isinstance(logits, tuple) else logits, labels)
-        nll, predicted = self.accelerator.gather_for_metrics((nll, predicted))
-        self._nll += nll.sum(dtype=torch.float64).item()
-        self._predicted += int(predicted.sum())
-        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
-
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
-        """Evaluate; a causal language model gains `{metric_key_prefix}_bpb`."""
-        self._nll, self._predicted = 0.0, 0
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        self.evaluated[metric_key_prefix] = describe_data(getattr(dataloader, "dataset", None))
-        if self._predicted:
-            from ..metrics.bits_per_byte.bits_per_byte import bits_per_byte  # `evaluate` is slow to import
-
-            bits = bits_per_byte(self._nll, self._predicted)
-            output.metrics[f"{metric_key_prefix}_{BITS_PER_BYTE.key}"] = bits
-        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the size of the residual weights beside every training loss."""
