@@ -29,7 +29,7 @@ RULES = {
     "pruning": ({"torch", "numpy", "safetensors"}, {"structure", "files"}),
     "rewrite": ({"torch", "numpy"}, {"structure", "files"}),
     "diagnostics": ({"torch", "numpy"}, {"structure", "files"}),
-    "data": ({"torch", "numpy", "datasets", "PIL", "tokenizers", "transformers"}, {"files"}),
+    "data": ({"torch", "numpy", "datasets", "PIL", "tokenizers", "transformers", "tqdm"}, {"files"}),
     "publish": (
         {"torch", "huggingface_hub", "safetensors", "transformers", "jinja2", "yaml"},
         {"data", "diagnostics", "files", "plots", "pruning", "structure"},

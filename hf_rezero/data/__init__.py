@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from .bpe import train_bpe
 from .corpora import Corpus, load_corpus
 from .tokenizer import byte_tokenizer
+from .tokens import Tokens, load_tokens
 from .windows import ByteDataset, collate_bytes, evaluation_windows
 
 
@@ -29,12 +30,14 @@ __all__ = [
     "Corpus",
     "DecodedImages",
     "ImageDataset",
+    "Tokens",
     "byte_tokenizer",
     "channel_statistics",
     "collate_bytes",
     "collate_images",
     "evaluation_windows",
     "load_corpus",
+    "load_tokens",
     "read_images",
     "train_bpe",
 ]

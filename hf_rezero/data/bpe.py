@@ -1,12 +1,12 @@
 """A byte-level BPE tokenizer, trained on a text."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .documents import pieces
+from .documents import decode, pieces
 from .tokenizer import SPECIAL_TOKENS
 
 
@@ -49,7 +49,7 @@ def train_bpe(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=progress,
     )
-    backend.train_from_iterator(pieces(texts) if isinstance(texts, np.ndarray) else texts, trainer)
+    backend.train_from_iterator(_texts_of(texts) if isinstance(texts, np.ndarray) else texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_input_names=["input_ids", "attention_mask"],
@@ -57,3 +57,7 @@ def train_bpe(
         clean_up_tokenization_spaces=False,
         **SPECIAL_TOKENS,
     )
+
+
+def _texts_of(data: np.ndarray) -> Iterator[str]:
+    return (decode(data, piece) for piece in pieces(data))

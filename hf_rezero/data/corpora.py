@@ -14,11 +14,11 @@ import mmap
 import os
 import platform
 import sysconfig
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,12 +37,18 @@ _STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tes
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A text in three parts: read-only `uint8` arrays of shape `[n_bytes]`, mapped from disk rather than loaded."""
+    """A text in three parts: read-only `uint8` arrays of shape `[n_bytes]`, mapped from disk rather than loaded.
+
+    Attributes:
+        ends: For each part of rows, the positions of the newlines between them, int64 [n_rows]; the last row of a part
+            may have none. A part of a plain file is not in it.
+    """
 
     name: str
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
+    ends: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def load_corpus(
@@ -97,9 +103,9 @@ def load_corpus(
     name = os.fspath(name_or_path)
     source = _local_source(name, cache)
     if source is not None and source.is_file() and source.suffix not in _TABLE_READERS:
-        parts = {"train": _map(decompressed(source, cache))}
+        parts, ends = {"train": _map(decompressed(source, cache))}, {}
     else:
-        parts = _table_parts(
+        parts, ends = _table_parts(
             source or name, cache, config_name, text_column, cache / "datasets" if cache_dir else None
         )
     if not parts["train"].size:
@@ -109,11 +115,24 @@ def load_corpus(
         expected_md5 = ENWIK8_MD5
     if expected_md5 is not None:
         _check_md5(source or name, parts, expected_md5)
-    return _cut(name, parts, fractions)
+    return _cut(name, parts, ends, fractions)
 
 
-def file_range(data: np.ndarray) -> tuple[str, int, int] | None:
-    """(file, offset, size) of bytes mapped from a file; None for bytes in memory, which pickle by value."""
+class FileRange(NamedTuple):
+    """A part of a file that arrays are mapped from."""
+
+    path: str
+    offset: int
+    size: int
+    dtype: str
+
+    def map(self) -> np.ndarray:
+        """The array, read-only."""
+        return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=(self.size,))
+
+
+def file_range(data: np.ndarray) -> FileRange | None:
+    """Where an array is mapped from; None for an array in memory, which pickles by value."""
     base = data
     while isinstance(base, np.ndarray):
         base = base.base
@@ -122,7 +141,17 @@ def file_range(data: np.ndarray) -> tuple[str, int, int] | None:
     # `offset` of a slice is still that of the array it was cut from, hence the addresses. Maps start on a page.
     map_start = data.offset - data.offset % mmap.ALLOCATIONGRANULARITY
     address = np.frombuffer(base, dtype=np.uint8).ctypes.data
-    return str(data.filename), map_start + data.ctypes.data - address, len(data)
+    return FileRange(str(data.filename), map_start + data.ctypes.data - address, len(data), data.dtype.str)
+
+
+def as_range(data: np.ndarray) -> FileRange | np.ndarray:
+    """What to pickle in place of an array."""
+    return file_range(data) or data
+
+
+def from_range(data: FileRange | np.ndarray) -> np.ndarray:
+    """The array that `as_range` stood for."""
+    return data.map() if isinstance(data, FileRange) else data
 
 
 def _exact_fractions(split: Sequence[float]) -> dict[str, Fraction]:
@@ -135,18 +164,21 @@ def _exact_fractions(split: Sequence[float]) -> dict[str, Fraction]:
     return dict(zip(("train", "validation", "test"), fractions, strict=True))
 
 
-def _cut(name: str, parts: dict[str, np.ndarray], fractions: dict[str, Fraction]) -> Corpus:
-    train = parts["train"]
+def _cut(
+    name: str, parts: dict[str, np.ndarray], ends: dict[str, np.ndarray], fractions: dict[str, Fraction]
+) -> Corpus:
+    train, train_ends = parts["train"], ends.get("train")
     missing = [part for part in ("validation", "test") if part not in parts]
     share = 1 - sum(fractions[part] for part in missing)
-    start = math.floor(len(train) * share)
-    parts = {**parts, "train": train[:start]}
-    for part in missing:
-        share += fractions[part]
+    start = 0
+    for part in ["train", *missing]:
+        share += fractions[part] if part != "train" else 0
         stop = math.floor(len(train) * share)
         parts[part] = train[start:stop]
+        if train_ends is not None:
+            ends[part] = train_ends[(train_ends >= start) & (train_ends < stop)] - start
         start = stop
-    return Corpus(name, parts["train"], parts["validation"], parts["test"])
+    return Corpus(name, parts["train"], parts["validation"], parts["test"], ends)
 
 
 def _local_source(name: str, cache: Path) -> Path | None:
@@ -200,7 +232,7 @@ def _enwik8_file(cache: Path) -> Path:
 
 def _table_parts(
     source: str | Path, cache: Path, config_name: str | None, text_column: str, datasets_cache: Path | None
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     import datasets
 
     options: dict[str, Any] = {"cache_dir": datasets_cache and str(datasets_cache)}
@@ -214,23 +246,33 @@ def _table_parts(
     if "train" not in tables:
         raise ValueError(f"{str(source)!r} has the splits {', '.join(tables)}: one called train is needed")
 
-    parts = {}
+    parts, ends = {}, {}
     for part in {"train", "validation", "test"} & set(tables):
         target = cache / f"dataset-{cache_key(source, config_name, part, text_column, tables[part]._fingerprint)}"
-        if not target.is_file():
-            _write_column(tables[part], text_column, target)
+        ends_file = target.with_name(f"ends-of-{target.name}")
+        if not (target.is_file() and ends_file.is_file()):
+            _write_column(tables[part], text_column, target, ends_file)
         parts[part] = _map(target)
-    return parts
+        ends[part] = np.fromfile(ends_file, np.int64)[:-1]  # none behind the last row
+    return parts, ends
 
 
-def _write_column(table, column: str, target: Path) -> None:
+def _write_column(table, column: str, target: Path, ends_file: Path) -> None:
     if getattr(table.features.get(column), "dtype", None) not in {"string", "large_string"}:
         raise ValueError(f"text_column {column!r} is not a column of text: the columns are {dict(table.features)}")
-    with written_whole(target) as path, path.open("xb") as out:
-        separator = b""
+    with (
+        written_whole(ends_file) as ends_path,
+        written_whole(target) as path,
+        path.open("xb") as out,
+        ends_path.open("xb") as ends_out,
+    ):
+        start = 0
         for rows in table.select_columns(column).iter(batch_size=1000):
-            out.write(separator + b"\n".join((text or "").encode() for text in rows[column]))
-            separator = b"\n"
+            texts = [(text or "").encode() for text in rows[column]]
+            newlines = start - 1 + np.cumsum([len(text) + 1 for text in texts])
+            out.write((b"\n" if start else b"") + b"\n".join(texts))
+            newlines.astype(np.int64).tofile(ends_out)
+            start = int(newlines[-1]) + 1
 
 
 def _check_md5(source: str | Path, parts: dict[str, np.ndarray], expected: str) -> None:

@@ -12,19 +12,21 @@ T = TypeVar("T")
 
 @dataclass
 class DataDescription:
-    """How much there is to read, and for windows of bytes how they lie.
+    """How much there is to read, and for windows of bytes or tokens how they lie.
 
     Attributes:
         examples: How many; None where a stream does not know.
         of: Of how many these are the first, where they are not all.
-        bytes: Of all windows together.
-        block_size: Bytes of a window.
-        stride: Bytes from one window to the next.
+        bytes: Of the text in all windows together.
+        tokens: Likewise; None where tokens are bytes.
+        block_size: Bytes or tokens of a window.
+        stride: Bytes or tokens from one window to the next.
     """
 
     examples: int | None = None
     of: int | None = None
     bytes: int | None = None
+    tokens: int | None = None
     block_size: int | None = None
     stride: int | None = None
 

@@ -17,6 +17,7 @@ class Unit(NamedTuple):
     words: str
 
 
+NUM_BYTES = "num_bytes"  # of a batch for evaluation: the bytes behind the predicted tokens of each sample
 BITS_PER_BYTE = Unit("bpb", "bits_per_byte", "bits per byte")
 BITS_PER_TOKEN = Unit("bits_per_token", "bits_per_token", "bits per token")
 

@@ -8,11 +8,15 @@ from transformers import AutoTokenizer
 
 from hf_rezero.commands import tokenizer as command
 from hf_rezero.data.bpe import train_bpe
-from hf_rezero.data.documents import pieces
+from hf_rezero.data.documents import decode, pieces
 from hf_rezero.data.tokenizer import SPECIAL_TOKENS
 
 
 PROSE = "The rain in Spain — déjà vu — falls mainly on the plain.\r\n\tNot 3.14 miles; 東京 is far.\n" * 40
+
+
+def texts_of(data, size=1 << 16):
+    return [decode(data, piece) for piece in pieces(data, size=size)]
 
 
 def random_texts(count, seed=0):
@@ -51,7 +55,7 @@ def test_a_tokenizer_from_bytes_is_the_tokenizer_of_their_text():
 
 
 def test_bytes_that_are_no_text_and_vocabularies_too_small_are_refused():
-    with pytest.raises(ValueError, match="byte 3 is not UTF-8"):
+    with pytest.raises(ValueError, match="byte 3 of the text is not UTF-8"):
         train_bpe(np.frombuffer(b"abc\xffdef", np.uint8), 300)
     with pytest.raises(ValueError, match="got vocab_size=200: at least 262 are needed"):
         train_bpe(["text"], 200)
@@ -60,17 +64,17 @@ def test_bytes_that_are_no_text_and_vocabularies_too_small_are_refused():
 @pytest.mark.parametrize("size", [4, 7, 64, 1 << 16])
 def test_pieces_hold_every_character_once(size):
     data = np.frombuffer(PROSE.encode(), np.uint8)
-    cut = list(pieces(data, size))
+    cut = texts_of(data, size)
     assert "".join(cut) == PROSE
     assert max(len(piece.encode()) for piece in cut) <= size
     for text in random_texts(30, seed=1):
-        assert "".join(pieces(np.frombuffer(text.encode(), np.uint8), size)) == text
+        assert "".join(texts_of(np.frombuffer(text.encode(), np.uint8), size)) == text
 
 
 def test_half_characters_at_the_ends_of_a_part_are_left_out():
     text = "東京"  # three bytes each
     whole = np.frombuffer(text.encode(), np.uint8)
-    found = {(i, j): "".join(pieces(whole[i:j])) for i in range(4) for j in range(4, 7)}
+    found = {(i, j): "".join(texts_of(whole[i:j])) for i in range(4) for j in range(4, 7)}
     assert {text for (i, j), text in found.items() if i == 0 and j == 6} == {text}
     assert (
         found[0, 4] == found[0, 5] == "東" and found[1, 6] == found[3, 6] == "京" and found[1, 4] == found[2, 5] == ""

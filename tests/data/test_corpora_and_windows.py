@@ -588,7 +588,7 @@ def test_workers_read_the_same_batches(tmp_path, workers, context):
         ((bytes(100), 16, 0), "stride is 0: with block_size 16 it must be 1 ... 15"),
         ((bytes(100), 16, 16), "stride is 16"),
         ((np.zeros(100, dtype=np.int64), 16), "data is int64 of shape"),
-        ((np.zeros((10, 10), dtype=np.uint8), 16), "one-dimensional uint8"),
+        ((np.zeros((10, 10), dtype=np.uint8), 16), "one-dimensional array of bytes"),
     ],
 )
 def test_windows_that_cannot_be(arguments, message):
