@@ -39,12 +39,12 @@ from .rewrite import fold_resweight_, grow_
 
 
 if TYPE_CHECKING:
-    from .trainer import GradInitConfig, PruningConfig, ReZeroTrainer, ReZeroTrainingArguments
+    from .trainer import DistillationConfig, GradInitConfig, PruningConfig, ReZeroTrainer, ReZeroTrainingArguments
 
 __version__ = "0.1.0"
 
 # the Trainer of transformers takes as long to import as everything else: it comes with its first use
-_WITH_TRAINER = ("GradInitConfig", "PruningConfig", "ReZeroTrainer", "ReZeroTrainingArguments")
+_WITH_TRAINER = ("DistillationConfig", "GradInitConfig", "PruningConfig", "ReZeroTrainer", "ReZeroTrainingArguments")
 
 
 def __getattr__(name: str):
@@ -81,6 +81,7 @@ AutoImageProcessor.register(ReZeroMLPConfig, image_processor_classes={"pil": Gra
 __all__ = [
     "LAMB",
     "LARS",
+    "DistillationConfig",
     "GradInitConfig",
     "Muon",
     "PruningConfig",

@@ -121,6 +121,7 @@ def test_public_names_are_pinned():
     assert hf_rezero.__all__ == [
         "LAMB",
         "LARS",
+        "DistillationConfig",
         "GradInitConfig",
         "Muon",
         "PruningConfig",

@@ -9,7 +9,8 @@
         --score magnitude --sparsities 0.3,0.5,0.7
 
 `--score` removes the units of the lowest score at once, then fine-tunes if `--max_steps` or `--do_train` is given;
-`--prune_method` learns masks. A checkpoint with the byte tokenizer, or with none, reads the bytes of the corpus; one
+`--prune_method` learns masks. While it trains, the model also learns from the dense one, see `--distill_from`, which may
+name another teacher, or none. A checkpoint with the byte tokenizer, or with none, reads the bytes of the corpus; one
 with another tokenizer reads its tokens, and its quality is then in bits per token. Beside the smaller checkpoint a
 run leaves `pruning/report.json`, `pruning/report.png` and `all_results.json`; `--sparsities` leaves `curve.json` and
 `curve.png`.
@@ -48,6 +49,8 @@ from ..pruning import (
 from ..pruning.report import BEFORE, PRUNED
 from ..publish.card import write_model_card
 from ..publish.record import TEST
+from ..trainer import DistillationConfig
+from ..trainer.distillation import NO_TEACHER
 from ..trainer.flags import read_flags
 from . import summary
 from .entry import run_command
@@ -133,7 +136,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.prune_method is None and args.prune_target_sparsity is None:
         return {}
     size = weights_size(model_args.model_name_or_path) or model.get_memory_footprint()
-    trainer = make_trainer(model, args, data)
+    trainer = make_trainer(model, args, data, teacher_of(model_args, data_args, args, trains))
     metrics = prune(trainer, data, prune_args, checkpoint, data_args.dataset_name or data_args.train_file)
     report = trainer.pruning_report
     report.take_quality(metrics, data.unit.key)
@@ -246,7 +249,23 @@ def load_data(args: DataArguments, model_args: ModelArguments, config) -> Data:
     )
 
 
-def make_trainer(model: PreTrainedModel, args: ReZeroTrainingArguments, data: Data) -> ReZeroTrainer:
+def teacher_of(
+    model_args: ModelArguments, data_args: DataArguments, args: ReZeroTrainingArguments, trains: bool
+) -> DistillationConfig | None:
+    """Whom the model learns from while it trains: the dense model, unless `--distill_from` names another or none."""
+    if not trains:
+        args.distill_from = NO_TEACHER
+    dense = model_args.model_name_or_path
+    args.distill_from = args.distill_from or dense
+    config = DistillationConfig.from_arguments(args)
+    if config is not None and config.teacher == dense:
+        config.teacher = load_checkpoint(model_args, data_args.block_size)  # which also reads what was pruned before
+    return config
+
+
+def make_trainer(
+    model: PreTrainedModel, args: ReZeroTrainingArguments, data: Data, teacher: DistillationConfig | None = None
+) -> ReZeroTrainer:
     """A Trainer that evaluates and trains on the windows."""
     return (ReZeroTrainer if data.unit is BITS_PER_BYTE else TokenTrainer)(
         model,
@@ -255,6 +274,7 @@ def make_trainer(model: PreTrainedModel, args: ReZeroTrainingArguments, data: Da
         train_dataset=data.train,
         eval_dataset=data.validation,
         processing_class=data.tokenizer,
+        distillation=teacher,
     )
 
 

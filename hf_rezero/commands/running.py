@@ -236,12 +236,14 @@ def check_purpose(args: ReZeroTrainingArguments) -> None:
     """Refuse a run that would do nothing, and arguments that nothing would read.
 
     Raises:
-        ValueError: None of --do_train, --do_eval and --do_predict, or --prune_* or --gradinit_* without what turns it on.
+        ValueError: None of --do_train, --do_eval and --do_predict, or --prune_*, --distill_* or --gradinit_* without what
+            turns it on.
     """
     if not (args.do_train or args.do_eval or args.do_predict):
         raise ValueError("there is nothing to do: give some of --do_train, --do_eval and --do_predict.")
     for prefix, switch, is_on in (
         ("prune_", "--prune_method l1 or l0", args.prune_method),
+        ("distill_", "--distill_from", args.distill_from),
         ("gradinit_", "--gradinit_steps", args.gradinit_steps),
     ):
         group = [f for f in fields(args) if f.name.startswith(prefix)]

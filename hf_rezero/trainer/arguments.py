@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..optim.registry import BASES, parse_optimizer
+from .distillation import DistillationConfig
 from .flags import flags_of
 from .gradinit import GradInitConfig
 from .pruning import PruningConfig
@@ -16,6 +17,7 @@ from .pruning import PruningConfig
 @dataclass
 class ReZeroTrainingArguments(
     flags_of(PruningConfig, "prune_", method=None),
+    flags_of(DistillationConfig, "distill_", teacher=None),
     flags_of(GradInitConfig, "gradinit_", num_steps=0),
     TrainingArguments,
 ):
@@ -32,8 +34,9 @@ class ReZeroTrainingArguments(
 
     `torch_compile` compiles one layer and reuses it for all, unless ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=false.
 
-    Every field of `GradInitConfig` is an argument `gradinit_*`, of which `gradinit_steps` turns GradInit on, and every
-    field of `PruningConfig` one `prune_*`, of which `prune_method` turns pruning on.
+    Every field of `GradInitConfig` is an argument `gradinit_*`, of which `gradinit_steps` turns GradInit on, every field of
+    `PruningConfig` one `prune_*`, of which `prune_method` turns pruning on, and every field of `DistillationConfig` one
+    `distill_*`, of which `distill_from` names the teacher.
 
     `bpb` as `metric_for_best_model` is better when lower. `ddp_find_unused_parameters` is False, because every
     parameter takes part in every step.

@@ -24,6 +24,7 @@ from ..publish.card import is_generated, write_model_card
 from ..publish.record import as_list, record_run
 from ..structure.modules import config_of
 from .checkpoints import CheckedTrainer, check_checkpoint, last_checkpoint
+from .distillation import DistillationConfig, DistillingTrainer
 from .evaluation import EvaluatingTrainer
 from .finite import FiniteTrainer
 from .gradinit import GradInitConfig, run_gradinit, state_file
@@ -34,7 +35,9 @@ from .pushing import PushingTrainer
 logger = logging.get_logger(__name__)
 
 
-class ReZeroTrainer(FiniteTrainer, CheckedTrainer, PushingTrainer, EvaluatingTrainer, PruningTrainer):
+class ReZeroTrainer(
+    FiniteTrainer, CheckedTrainer, PushingTrainer, EvaluatingTrainer, DistillingTrainer, PruningTrainer
+):
     """The `Trainer`, with right parameter groups, exact bits per byte, and the residual weights in its logs.
 
     - Weight decay applies to tensors with two or more dimensions, so never to residual weights, norms and biases.
@@ -57,10 +60,11 @@ class ReZeroTrainer(FiniteTrainer, CheckedTrainer, PushingTrainer, EvaluatingTra
       removes what they closed, heads and neurons, for the rest of it. It resumes in each phase, with the model as it
       was built or as a checkpoint has it. The report is `trainer.pruning_report`, the files are in
       `output_dir/pruning`.
+    - `distillation=DistillationConfig(...)`, or `distill_from` of the arguments, adds a teacher to the loss.
 
     Raises:
         ValueError: `resweight_learning_rate` for a model without `resweight`; a damaged checkpoint; nothing to
-            resume from.
+            resume from; a teacher whose outputs have another shape.
 
     Example:
         >>> from hf_rezero import ReZeroConfig, ReZeroForCausalLM, ReZeroTrainer, ReZeroTrainingArguments
@@ -80,13 +84,15 @@ class ReZeroTrainer(FiniteTrainer, CheckedTrainer, PushingTrainer, EvaluatingTra
         *args,
         gradinit: GradInitConfig | None = None,
         pruning: PruningConfig | None = None,
+        distillation: DistillationConfig | None = None,
         **kwargs,
     ):
         # the Trainer switches the cache off for training, and would write that into every config.json
         self._saved_use_cache = getattr(config_of(model), "use_cache", None)
-        super().__init__(model, *args, pruning=pruning, **kwargs)
+        super().__init__(model, *args, pruning=pruning, distillation=distillation, **kwargs)
         unwrapped = self.accelerator.unwrap_model(self.model)
-        self._skips_logits = "skip_logits" in inspect.signature(unwrapped.forward).parameters
+        can_skip = "skip_logits" in inspect.signature(unwrapped.forward).parameters
+        self._skips_logits = can_skip and self.distillation is None
         self.gradinit, self.gradinit_report = gradinit or GradInitConfig.from_arguments(self.args), None
         is_by_caller = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if self.gradinit is not None and self.gradinit.algorithm is None and is_by_caller:
