@@ -38,7 +38,7 @@ from ..optim.registry import split_items
 from ..plots import plot_resweights, plot_training
 from ..structure.states import check_finite
 from ..trainer.arguments import ReZeroTrainingArguments
-from ..trainer.checkpoints import last_checkpoint
+from ..trainer.checkpoints import check_model_files, last_checkpoint
 from ..trainer.gradinit import state_file
 
 
@@ -100,6 +100,16 @@ def _text(value: Any) -> Any:
     if isinstance(value, dict):
         return json.dumps(value)
     return value if isinstance(value, list) or value is None else str(value)
+
+
+def check_files_of(name: str) -> None:
+    """Refuse a folder of this machine whose config or weights are damaged; what is on the Hub is checked there.
+
+    Raises:
+        ValueError: It names the file.
+    """
+    if Path(name).is_dir():
+        check_model_files(name)
 
 
 def build_config(model_type: str, overrides: str | None = None, **defaults) -> PreTrainedConfig:
@@ -211,6 +221,7 @@ def load_any_model(
     if args.config_overrides and (args.config_name or args.model_name_or_path):
         raise ValueError("--config_overrides shapes a new model: leave out --config_name and --model_name_or_path.")
     if args.model_name_or_path:
+        check_files_of(args.model_name_or_path)
         options |= load_options or {}
         model = auto_class.from_pretrained(args.model_name_or_path, **hub, **options, **config_values)
         return check_finite(model, args.model_name_or_path)
@@ -345,6 +356,7 @@ AUTO_CLASSES = {
 
 def load_as_saved(name: str, trust_remote_code: bool):
     """The model in the class that it was saved as."""
+    check_files_of(name)
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     architecture = (config.architectures or [""])[0]
     for ending, auto_class in AUTO_CLASSES.items():

@@ -3,19 +3,30 @@
 import hashlib
 import json
 import os
+import pickle
+import zipfile
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from ..files import write_json
 
 
 logger = logging.get_logger(__name__)
-MANIFEST = "manifest.json"
-# the states without which training goes on otherwise; sharded ones are folders of other names
-STATES = {"optimizer": ("optimizer*", "global_step*", "pytorch_model_fsdp*"), "scheduler": ("scheduler.pt",)}
+MANIFEST, STATE = "manifest.json", "trainer_state.json"
+OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json", STATE)
+# sharded ones are folders; adapters may lie in folders of their own
+WEIGHTS = ("*.safetensors", "pytorch_model*", "adapter_model*", "*/adapter_model*", "global_step*")
+# the states without which training goes on otherwise
+STATES = {
+    "optimizer": ("optimizer*", "global_step*", "pytorch_model_fsdp*"),
+    "scheduler": ("scheduler.pt",),
+    "random numbers": ("rng_state*",),
+}
 
 
 def last_checkpoint(output_dir: str | os.PathLike, or_none: bool = False) -> str | None:
@@ -48,35 +59,80 @@ def last_checkpoint(output_dir: str | os.PathLike, or_none: bool = False) -> str
 def fault_of(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint, as the end of a sentence; None where nothing is.
 
-    The manifest is written last. A checkpoint without one, which an earlier release wrote or whose run was killed just
-    then, counts by `trainer_state.json`, which the Trainer writes after its other files.
+    The manifest is written last, and tells of every bit. A checkpoint without one, which an earlier release wrote or
+    whose run was killed just then, is read as far as its files can tell damage by themselves.
     """
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text()).keys()
-    except (OSError, ValueError, AttributeError):
-        return "has no trainer_state.json that can be read, so it was not written to its end"
-    if not (checkpoint / MANIFEST).is_file():
-        return None
+    if not (checkpoint / STATE).is_file():
+        return f"has no {STATE}, so it was not written to its end"
+    if (checkpoint / MANIFEST).is_file():
+        return _fault_by_manifest(checkpoint)
+    found = {path.relative_to(checkpoint).as_posix(): damage_of(path) for path in _files(checkpoint)}
+    damaged = [f"{name} {damage}" for name, damage in found.items() if damage]
+    if damaged:
+        return f"is damaged: {'; '.join(damaged)}"
+    return None if any(any(checkpoint.glob(name)) for name in WEIGHTS) else "has no weights"
+
+
+def _fault_by_manifest(checkpoint: Path) -> str | None:
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"].items()
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"has a damaged {MANIFEST}"
     changed = [name for name, facts in files if _facts(checkpoint / name) != facts]
     return f"is damaged: {', '.join(changed)} is not what was written" if changed else None
 
 
+def damage_of(path: Path) -> str | None:
+    """What a file itself tells of its damage: JSON, safetensors by their header, states by the sums in their archive.
+
+    Returns:
+        The end of a sentence, or None for what is whole or of a kind that cannot tell.
+    """
+    size = f"holds {path.stat().st_size} bytes"
+    try:
+        if path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return None if isinstance(content, dict) or path.name not in OBJECTS else f"{size} and no JSON object"
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as tensors:
+                tensors.keys()
+        elif path.suffix in (".pt", ".pth", ".bin"):
+            with zipfile.ZipFile(path) as archive:
+                return archive.testzip() and f"{size} and fails the check sum of its part {archive.testzip()}"
+    except (ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        return f"{size} and is damaged or cut short ({error})"
+    return None
+
+
+def load_state(path: Path, advice: str) -> dict:
+    """The tensors and plain values of a state that a run has saved; never pickled objects.
+
+    Raises:
+        ValueError: It is damaged; the message names the file and ends with the advice.
+    """
+    damage = damage_of(path)
+    if damage is None:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            damage = f"is no state ({str(error).splitlines()[0]})"
+    raise ValueError(f"{path} {damage}: {advice}.")
+
+
 def missing_states(checkpoint: Path) -> str | None:
     """Which state a checkpoint lacks for training to go on as it would have, as the end of a sentence."""
     missing = [state for state, names in STATES.items() if not any(any(checkpoint.glob(name)) for name in names)]
-    return f"has weights and no state of the {' and the '.join(missing)}" if missing else None
+    return f"has weights and no state of the {', the '.join(missing)}" if missing else None
 
 
 def write_manifest(checkpoint: Path) -> None:
     """Write the size and the digest of every file of a checkpoint, after all of them."""
-    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
-    write_json(
-        checkpoint / MANIFEST, {"files": {path.relative_to(checkpoint).as_posix(): _facts(path) for path in files}}
-    )
+    files = {path.relative_to(checkpoint).as_posix(): _facts(path) for path in _files(checkpoint)}
+    write_json(checkpoint / MANIFEST, {"files": files})
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
 
 
 def _facts(path: Path) -> dict | None:
@@ -92,7 +148,7 @@ def check_checkpoint(checkpoint: str, weights_only: bool) -> None:
     Raises:
         ValueError: It does; the message names the file.
     """
-    check_safetensors(checkpoint)
+    check_model_files(checkpoint)
     reason = fault_of(Path(checkpoint))
     if reason is not None:
         raise ValueError(f"{checkpoint} {reason}: copy it again, or use an earlier checkpoint.")
@@ -104,8 +160,8 @@ def check_checkpoint(checkpoint: str, weights_only: bool) -> None:
         )
 
 
-def check_safetensors(folder: str | os.PathLike) -> None:
-    """Refuse a folder whose weight files are cut short.
+def check_model_files(folder: str | os.PathLike) -> None:
+    """Refuse a folder whose configs or weights are damaged.
 
     Raises:
         ValueError: The folder is missing, or names the damaged file.
@@ -114,24 +170,26 @@ def check_safetensors(folder: str | os.PathLike) -> None:
         raise ValueError(
             f"{folder} is not a folder: name a checkpoint folder that `save_pretrained` or training wrote."
         )
-    for path in Path(folder).glob("*.safetensors"):
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                tensors.keys()
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} holds {path.stat().st_size} bytes and is damaged or cut short ({error}): "
-                f"copy or download it again, or use an earlier checkpoint."
-            ) from None
+    for path in sorted(path for pattern in (*OBJECTS, "*.safetensors*") for path in Path(folder).glob(pattern)):
+        damage = damage_of(path)
+        if damage:
+            raise ValueError(f"{path} {damage}: copy or download it again, or use an earlier checkpoint.")
 
 
 class CheckedTrainer(Trainer):
-    """The `Trainer`, whose checkpoints end with a manifest of their files."""
+    """The `Trainer`, whose checkpoints end with a manifest of their files, before any older one is removed."""
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Save a checkpoint, and its manifest once every process has written its part."""
-        super()._save_checkpoint(model, trial)
+        """Save a checkpoint, its manifest once every process has written its part, and then remove the oldest ones."""
+        limit, folder = self.args.save_total_limit, self._get_output_dir(trial)
+        checkpoint = Path(folder, f"checkpoint-{self.state.global_step}")
+        (checkpoint / MANIFEST).unlink(missing_ok=True)  # of an earlier run, which was passed over
+        self.args.save_total_limit = None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
-        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        if self.args.should_save and folder.is_dir():
-            write_manifest(folder)
+        if self.args.should_save and checkpoint.is_dir():
+            write_manifest(checkpoint)
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)

@@ -19,6 +19,7 @@ from ..initialization.gradinit import GradInit, GradInitReport, NonFiniteStepErr
 from ..initialization.trial import mean_over_processes
 from ..optim.registry import parse_optimizer
 from ..structure.kept import random_numbers_kept
+from .checkpoints import load_state
 from .finite import BATCH, NonFiniteError, save_batch
 from .flags import option, read_flags
 
@@ -164,7 +165,7 @@ def _save(trainer: Trainer, state: dict, path: Path) -> None:
 
 def _load(init: GradInit, path: Path, norms: list[float], options: dict) -> int:
     """Take over what was learned; returns how many batches were left out."""
-    state = torch.load(path, weights_only=True)
+    state = load_state(path, "remove it, and GradInit starts anew")
     before = state.get("options", options)  # a state of an earlier release does not tell
     other = [
         f"{name}={before.get(name)}, now {options[name]}" for name in options if before.get(name) != options[name]

@@ -1,6 +1,7 @@
 """Learned masks on the model of a Trainer, and their removal in the middle of a run."""
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..files import written_whole
+from ..files import write_text, written_whole
 from ..optim.loading import check_state
 from ..pruning.groups import PruningGroup
 from ..pruning.mask_layers import MASK_LAYERS
@@ -29,6 +30,7 @@ from ..pruning.select import select
 from ..pruning.storage import read_provenance, replay_
 from ..pruning.surgery import remove_pruned_
 from ..structure.modules import provenance_of
+from .checkpoints import load_state
 from .flags import names, number_or_by_name, numbers_by_name, option, read_flags
 
 
@@ -349,10 +351,20 @@ class Pruner(TrainerCallback):
 
 
 def _truncate_history(path: Path, step: int) -> None:
-    """Drop what an interrupted run has written after its last checkpoint, or an earlier run altogether."""
+    """Drop what an interrupted run has written after its last checkpoint, or an earlier run altogether.
+
+    What cannot be read, such as a last line that a kill has cut, goes too.
+    """
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if line.endswith("\n") and _step_of(line) <= step))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _follow(scheduler: Any, before: list[dict], after: list[dict]) -> None:
@@ -449,7 +461,7 @@ class PruningTrainer(Trainer):
             ValueError: The checkpoint has masks, and this run has none, or others.
         """
         path = Path(resume_from_checkpoint, "pruning.pt")
-        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        state = load_state(path, "use an earlier checkpoint") if path.exists() else {}
         if self.pruner is not None:
             self.pruner.restore(state, resume_from_checkpoint)
         elif "masks" in state:

@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from hf_rezero import (
     param_groups,
 )
 from hf_rezero.data.windows import evaluation_windows
-from hf_rezero.trainer.checkpoints import MANIFEST, check_safetensors, last_checkpoint
+from hf_rezero.trainer.checkpoints import last_checkpoint
 
 
 def test_weight_decay_goes_by_shape(make_config, arguments):
@@ -279,75 +278,6 @@ def test_each_epoch_cuts_the_corpus_elsewhere(make_config, arguments):
     trainer.train_dataset.set_epoch, tell = lambda e: phases.append(e) or tell(e), trainer.train_dataset.set_epoch
     trainer.train()
     assert sorted(set(phases)) == [0, 1, 2]
-
-
-def test_unfinished_checkpoints_are_passed_over(tmp_path):
-    for step, state in ((5, "{}"), (10, "{}"), (15, '{"epoch": '), (20, None), (25, "[]"), (30, "{}")):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-        if step != 30:
-            for name in ("optimizer.pt", "scheduler.pt"):
-                (folder / name).touch()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    with pytest.raises(ValueError, match="holds 0 checkpoints and none of them is complete: nothing to resume from"):
-        last_checkpoint(tmp_path / "nowhere")
-
-
-DAMAGES = {
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "one bit": lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
-    "missing": lambda path: path.unlink(),
-    "empty": lambda path: path.write_bytes(b""),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_passed_over(make_config, arguments, damage, caplog):
-    args = arguments(max_steps=4, save_strategy="steps", save_steps=2)
-    trainer = make_trainer(ReZeroForCausalLM(make_config()), args)
-    trainer.train()
-    newest, older = (Path(args.output_dir, f"checkpoint-{step}") for step in (4, 2))
-    names = [path.name for path in newest.iterdir() if path.name != MANIFEST]
-    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json", "model.safetensors"} <= set(names)
-    for name in names:
-        content = (newest / name).read_bytes()
-        if not content:
-            continue
-        DAMAGES[damage](newest / name)
-        assert last_checkpoint(args.output_dir) == str(older), name
-        with pytest.raises(ValueError, match=name if name != "trainer_state.json" else "checkpoint-4"):
-            make_trainer(ReZeroForCausalLM(make_config()), args).train(resume_from_checkpoint=str(newest))
-        (newest / name).write_bytes(content)
-    assert last_checkpoint(args.output_dir) == str(newest)
-
-
-def test_a_checkpoint_of_weights_alone_needs_a_word(make_config, arguments):
-    args = arguments(max_steps=4, save_strategy="steps", save_steps=2, save_only_model=True)
-    make_trainer(ReZeroForCausalLM(make_config()), args).train()
-    folder = Path(args.output_dir, "checkpoint-2")
-    with pytest.raises(ValueError, match="none of them is complete.*checkpoint-4 has weights and no state of the opt"):
-        last_checkpoint(args.output_dir)
-    again = make_trainer(ReZeroForCausalLM(make_config()), args)
-    with pytest.raises(ValueError, match="no state of the optimizer and the scheduler.*--resume_weights_only true"):
-        again.train(resume_from_checkpoint=str(folder))
-    again.args.resume_weights_only = True
-    again.train(resume_from_checkpoint=str(folder))
-    assert again.state.global_step == 4
-
-
-def test_a_truncated_checkpoint_is_named(make_config, arguments, tmp_path):
-    model = ReZeroForCausalLM(make_config())
-    model.save_pretrained(tmp_path)
-    check_safetensors(tmp_path)
-    path = tmp_path / "model.safetensors"
-    assert load_file(path)
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"model.safetensors holds \d+ bytes and is damaged or cut short"):
-        make_trainer(model, arguments()).train(resume_from_checkpoint=str(tmp_path))
-    with pytest.raises(ValueError, match="is not a folder"):
-        check_safetensors(tmp_path / "missing")
 
 
 def test_a_subset_of_windows_evaluates(make_config, arguments):
