@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass, field
 
-import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -11,6 +10,7 @@ from ..optim.registry import BASES, parse_optimizer
 from .distillation import DistillationConfig
 from .flags import flags_of
 from .gradinit import GradInitConfig
+from .processes import join_on_cpus
 from .pruning import PruningConfig
 
 
@@ -76,8 +76,7 @@ class ReZeroTrainingArguments(
     def __post_init__(self):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("bpb", "perplexity")):
             self.greater_is_better = False
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
-            self.use_cpu = True  # or accelerate forms no group, and each process trains alone
+        join_on_cpus(self)
         chosen = _check_optimizer(self.optim, self.optim_args)
         self.optim = OptimizerNames.ADAMW_TORCH  # whatever the parent accepts
         super().__post_init__()

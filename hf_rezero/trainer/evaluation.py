@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import find_batch_size
 
 from ..data.description import DataDescription, describe_data
 from ..data.units import BITS_PER_BYTE
+from .processes import names_lost_processes
 
 
 def is_causal_lm(model: nn.Module) -> bool:
@@ -126,6 +127,7 @@ class EvaluatingTrainer(Trainer):
             self._sums.items += items
             self._sums.loss += items * loss.item()
 
+    @names_lost_processes
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """Evaluate; the loss is the mean over all items, and a causal language model gains `{metric_key_prefix}_bpb`."""
         self._sums = Sums()

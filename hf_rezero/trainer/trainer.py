@@ -28,6 +28,7 @@ from .distillation import DistillationConfig, DistillingTrainer
 from .evaluation import EvaluatingTrainer
 from .finite import FiniteTrainer
 from .gradinit import GradInitConfig, run_gradinit, state_file
+from .processes import names_lost_processes
 from .pruning import PruningConfig, PruningTrainer
 from .pushing import PushingTrainer
 
@@ -176,6 +177,7 @@ class ReZeroTrainer(
             )
         spec.wrap(self.optimizer)
 
+    @names_lost_processes
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, after a look at the checkpoint to resume from; `True` means the last complete one.
 

@@ -1,5 +1,6 @@
 """Start a script, a command or a worker on several processes of this machine, joined by gloo."""
 
+import inspect
 import os
 import socket
 import subprocess
@@ -7,7 +8,8 @@ import sys
 from pathlib import Path
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+TESTS = Path(__file__).parents[1]
+SCRIPTS = TESTS.parent / "scripts"
 
 
 def run_script(name, *arguments, processes=1, timeout=300):
@@ -15,11 +17,28 @@ def run_script(name, *arguments, processes=1, timeout=300):
     return launch(SCRIPTS / name, *arguments, processes=processes, timeout=timeout)
 
 
-def run_workers(code, folder, processes, timeout=300):
+def run_workers(code, folder, processes, timeout=300, succeeds=True):
     """Run the source `code` in `processes` processes, with the folder that it is written to as its argument."""
     path = Path(folder, "worker.py")
     path.write_text(code)
-    return launch(path, folder, processes=processes, timeout=timeout)
+    return launch(path, folder, processes=processes, timeout=timeout, succeeds=succeeds)
+
+
+WORKER = """
+import os, runpy, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+runpy.run_path({path!r})[{name!r}](Path(sys.argv[1]))
+torch.distributed.barrier()
+os._exit(0)  # a thread of gloo may abort an interpreter that shuts down in an orderly way
+"""
+
+
+def run_function(function, folder, processes, **options):
+    """Run a function of a test module in `processes` processes, with the folder as its argument."""
+    code = WORKER.format(path=inspect.getfile(function), name=function.__name__)
+    return run_workers(code, folder, processes, **options)
 
 
 def run_command(name, *arguments, processes=1, timeout=300):
@@ -27,8 +46,8 @@ def run_command(name, *arguments, processes=1, timeout=300):
     return launch(f"hf_rezero.commands.{name}", *arguments, processes=processes, timeout=timeout)
 
 
-def launch(program, *arguments, processes, timeout):
-    """Run a file, or a module by its dotted name."""
+def launch(program, *arguments, processes, timeout, succeeds=True):
+    """Run a file, or a module by its dotted name; the helpers of the tests can be imported there."""
     launcher = [sys.executable]
     if processes > 1:
         with socket.socket() as free:
@@ -37,7 +56,8 @@ def launch(program, *arguments, processes, timeout):
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     module = ["-m"] if isinstance(program, str) else []
     command = [*launcher, *module, str(program), *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
-    assert done.returncode == 0, f"{program} exited with {done.returncode}:\n{done.stderr[-5000:]}"
+    assert (done.returncode == 0) == succeeds, f"{program} exited with {done.returncode}:\n{done.stderr[-5000:]}"
     return done

@@ -2,11 +2,10 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from support.launch import run_workers
+from support.launch import run_function
 from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
@@ -81,27 +80,14 @@ def by_hand(name, folder):
 def worker(folder):
     """The metrics of every case, from the processes that torchrun started."""
     results = {name: make(name, folder).evaluate() for name in CASES}
-    if int(torch.distributed.get_rank()) == 0:
+    if torch.distributed.get_rank() == 0:
         (folder / "two.json").write_text(json.dumps(results))
-
-
-WORKER = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from trainer.test_evaluation import worker
-worker(Path(sys.argv[1]))
-torch.distributed.barrier()
-os._exit(0)  # a thread of gloo may abort an interpreter that shuts down in an orderly way
-"""
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    run_workers(WORKER.format(tests=str(Path(__file__).parents[1])), folder, processes=2)
+    run_function(worker, folder, processes=2)
     return json.loads((folder / "two.json").read_text())
 
 
