@@ -1,4 +1,25 @@
-"""ReZero for the Hugging Face ecosystem: very deep networks without normalisation layers and without warmup."""
+"""ReZero for the Hugging Face ecosystem: very deep networks without normalisation layers and without warmup.
+
+Where to start:
+
+    a model          ReZeroForCausalLM(ReZeroConfig(num_hidden_layers=64)); load_corpus for bytes to train it on
+    your own blocks  ReZero(module), the residual connection x + resweight * module(x); RZTXEncoderLayer
+    train            ReZeroTrainer with ReZeroTrainingArguments, or a loop of your own
+    start            gradinit_(model, batches, eta=learning_rate) learns initial scales; metainit_ needs no data
+    optimise         RAdam, Ranger, LARS, LAMB, Muon; lookahead(optimizer); param_groups(model, weight_decay)
+    prune            hf_rezero.pruning: find_groups, select, prune_; PruningConfig for the Trainer
+    grow             grow_(model, num_layers) makes a trained model deeper
+    look             hf_rezero.diagnostics: jacobian_spectrum, gradient_profile, resweight_profile
+    share            hf_rezero.publish: write_model_card, push_folder
+
+`help(hf_rezero.NAME)` has an example of each. The same from a shell: `hf-rezero --help`.
+
+Example:
+    >>> import hf_rezero
+    >>> model = hf_rezero.ReZeroForCausalLM(hf_rezero.ReZeroConfig(hidden_size=16, num_attention_heads=2))
+    >>> print(model.model.extra_repr())
+    12 residual weights from 0 to 0
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -243,3 +243,8 @@ class ReZero(nn.Module):
             )
         y = x + _gated(branch, self.resweight)
         return (y, *rest) if isinstance(out, tuple) else y
+
+    def extra_repr(self) -> str:
+        """The residual weight, where this process has its value."""
+        has_value = type(self.resweight) is nn.Parameter and not self.resweight.is_meta  # sharded ones are DTensors
+        return f"resweight={self.resweight.item():.3g}" if has_value else ""

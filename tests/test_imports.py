@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import inspect
+import re
 import subprocess
 import sys
 from importlib.util import resolve_name
@@ -21,14 +23,16 @@ RULES = {
     "structure": ({"torch", "numpy"}, set()),
     "files": (set(), set()),
     "layers": ({"torch"}, {"structure"}),
-    "plots": ({"matplotlib"}, {"files"}),
+    "picture": ({"matplotlib", "cycler"}, {"files"}),
+    "plots": ({"matplotlib"}, {"files", "picture"}),
+    "notebook": (set(), set()),
     "moved": (set(), set()),
     "metrics": ({"evaluate", "datasets", "gradio"}, set()),
     "optim": ({"torch", "numpy"}, {"structure", "files"}),
-    "initialization": ({"torch", "numpy", "matplotlib"}, {"optim", "structure", "files", "plots"}),
-    "pruning": ({"torch", "numpy", "safetensors"}, {"structure", "files"}),
+    "initialization": ({"torch", "numpy", "tqdm"}, {"optim", "structure", "files", "notebook", "picture", "plots"}),
+    "pruning": ({"torch", "numpy", "safetensors"}, {"structure", "files", "notebook", "picture", "plots"}),
     "rewrite": ({"torch", "numpy"}, {"structure", "files"}),
-    "diagnostics": ({"torch", "numpy"}, {"structure", "files"}),
+    "diagnostics": ({"torch", "numpy"}, {"structure", "files", "notebook", "picture", "plots"}),
     "data": ({"torch", "numpy", "datasets", "PIL", "tokenizers", "transformers", "tqdm"}, {"files"}),
     "publish": (
         {"torch", "huggingface_hub", "safetensors", "transformers", "jinja2", "yaml"},
@@ -175,3 +179,16 @@ def test_a_module_that_has_moved_is_found_under_its_old_name(old):
         sys.modules.pop(f"hf_rezero.{old}", None)
         module = importlib.import_module(f"hf_rezero.{old}")
     assert module is sys.modules[f"hf_rezero.{MOVED[old]}"]
+
+
+def test_help_says_where_to_start_and_names_only_what_exists():
+    table = re.findall(r"^    [\w ]{17}(.+)$", inspect.getdoc(hf_rezero).partition("Example:")[0], re.MULTILINE)
+    assert len(table) == 9
+    for line in table:
+        module = hf_rezero
+        if found := re.match(r"(hf_rezero\.\w+): (.+)", line):
+            module, line = importlib.import_module(found[1]), found[2]
+        names = re.findall(r"\b(?:[A-Z]\w*[A-Z]\w+|\w+_\w*)(?=[(,; ]|$)", line)
+        keywords = {"num_hidden_layers", "num_layers", "learning_rate", "weight_decay"}
+        missing = [n for n in names if n not in keywords and not hasattr(module, n) and not hasattr(hf_rezero, n)]
+        assert names and not missing

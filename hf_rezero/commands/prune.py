@@ -31,7 +31,7 @@ from .. import PruningConfig, ReZeroTrainer, ReZeroTrainingArguments, byte_token
 from ..data.units import BITS_PER_BYTE, BITS_PER_TOKEN, Unit, tokens_are_bytes
 from ..data.windows import ByteDataset, collate_bytes, evaluation_windows, token_windows
 from ..files import read_json, write_json
-from ..plots import plot_kept, plot_sparsity_curve
+from ..plots import plot_sparsity_curve
 from ..pruning import (
     PruningReport,
     apoz,
@@ -391,7 +391,7 @@ def save_report(trainer: ReZeroTrainer, report: PruningReport) -> None:
     folder = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         report.save(folder / "pruning" / "report.json")
-        plot_kept(report, folder / "pruning" / "report.png")
+        report.plot(folder / "pruning" / "report.png")
     trainer.save_metrics("pruning", report.sizes())
     if trainer.is_world_process_zero():
         write_model_card(folder)  # again, with stages and sizes

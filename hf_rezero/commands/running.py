@@ -337,7 +337,7 @@ def _draw(trainer: Trainer) -> None:
     log = trainer.state.log_history
     if not trainer.is_world_process_zero():
         return
-    if any("loss" in entry for entry in log):
+    if any("loss" in entry or "train_loss" in entry for entry in log):
         plot_training(log, Path(trainer.args.output_dir, "training.png"))
     profile = resweight_profile(trainer.accelerator.unwrap_model(trainer.model))
     if profile and trainer.args.do_train:

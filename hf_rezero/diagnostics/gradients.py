@@ -1,15 +1,20 @@
 """Gradients by depth."""
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..notebook import html_table
 from ..structure.loss import model_loss
 
+
+if TYPE_CHECKING:
+    from ..picture import Picture
 
 CONTAINERS = (nn.ModuleList, nn.Sequential)
 
@@ -21,9 +26,23 @@ class GradientStatistics(NamedTuple):
     relative_variance: float
 
 
+class GradientProfile(dict[str, GradientStatistics]):
+    """The gradient of each part by its name; `plot` draws it, and a notebook shows it as a table."""
+
+    def plot(self, path: str | os.PathLike | None = None) -> "Picture":
+        """Draw the norms by depth; a path writes that as a PNG too."""
+        from ..plots import plot_gradients  # matplotlib is slow to import: only who draws waits for it
+
+        return plot_gradients(self, path)
+
+    def _repr_html_(self) -> str:
+        rows = [[name, f"{g.norm:.3g}", f"{g.relative_variance:.3g}"] for name, g in self.items()]
+        return html_table(f"gradient by depth, {len(self)} parts", ["part", "norm", "relative variance"], rows)
+
+
 def gradient_profile(
     model: nn.Module, batches: Any, *, loss_fn: Callable[[nn.Module, Any], Tensor] | None = None
-) -> dict[str, GradientStatistics]:
+) -> GradientProfile:
     """The gradient of the loss by depth: the layers of the stack one by one, other modules by their names.
 
     With the gradients g_b of n batches and their mean g, the norm is ||g|| and the relative variance
@@ -62,7 +81,10 @@ def gradient_profile(
         for name, part in _split(groups, gradient):
             squares[name] += _squared_norm(part)
     n = len(batches)
-    return {name: _statistics(_squared_norm(part) / n**2, squares[name] / n, n) for name, part in _split(groups, sums)}
+    parts = _split(groups, sums)
+    return GradientProfile(
+        {name: _statistics(_squared_norm(part) / n**2, squares[name] / n, n) for name, part in parts}
+    )
 
 
 def _gradients(model: nn.Module, weights: list[Tensor], batches: list, loss_fn: Callable) -> Iterator[tuple]:

@@ -1,13 +1,19 @@
 """What a network tells about its depth: the spectrum of its Jacobian, its gradients and its residual weights."""
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..notebook import html_table
+
+
+if TYPE_CHECKING:
+    from ..picture import Picture
 
 PER_EXAMPLE = ("attention_mask", "token_type_ids", "position_ids")
 
@@ -32,7 +38,32 @@ class JacobianBounds(NamedTuple):
     smallest_residual: Tensor
 
 
-def jacobian_spectrum(function: Callable, inputs: Tensor | Mapping[str, Tensor], *, chunk_size: int = 64) -> Tensor:
+class JacobianSpectrum(Tensor):
+    """Singular values (B, n) that `plot` draws and a notebook shows as a table; what is computed with them is a plain tensor."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    def plot(self, path: str | os.PathLike | None = None) -> "Picture":
+        """Draw the histogram of all of them; a path writes that as a PNG too."""
+        from ..plots import plot_jacobian  # matplotlib is slow to import: only who draws waits for it
+
+        return plot_jacobian({"": {"": self.flatten().tolist()}}, path)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            [str(i), f"{s.max():.4g}", f"{s.square().mean():.4g}", f"{s.min():.4g}"]
+            for i, s in enumerate(self.as_subclass(Tensor))
+        ]
+        head = ["example", "largest", "mean square", "smallest"]
+        return html_table(f"{self.shape[1]} singular values of each example", head, rows)
+
+    def __reduce_ex__(self, protocol):
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)  # saved as a plain tensor
+
+
+def jacobian_spectrum(
+    function: Callable, inputs: Tensor | Mapping[str, Tensor], *, chunk_size: int = 64
+) -> JacobianSpectrum:
     """The singular values of the input-output Jacobian J = d vec(y) / d vec(x), example by example, in float64.
 
     A network through which signals pass at any depth has them all near 1; ReZero starts at exactly 1 (Bachlechner et
@@ -68,7 +99,8 @@ def jacobian_spectrum(function: Callable, inputs: Tensor | Mapping[str, Tensor],
     """
     if chunk_size < 1:
         raise ValueError(f"got chunk_size={chunk_size}: expected at least 1.")
-    return torch.stack([_singular_values(point, chunk_size) for point in _points(function, inputs)])
+    values = torch.stack([_singular_values(point, chunk_size) for point in _points(function, inputs)])
+    return values.as_subclass(JacobianSpectrum)
 
 
 def jacobian_moments(

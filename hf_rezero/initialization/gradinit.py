@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice, pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,12 @@ from ..optim.param_groups import output_dims
 from ..structure.loss import Loss
 from ..structure.parameters import decays, is_resweight
 from ..structure.states import check_tensors
+from .showing import scale_lines, scale_table, steps_bar
 from .trial import Reduce, TrialModel, first_of, map_batch, trainable
 
+
+if TYPE_CHECKING:
+    from ..picture import Picture
 
 Shape = Callable[[Tensor], Tensor]
 
@@ -43,9 +47,9 @@ _BETAS, _EPS = (0.9, 0.999), 1e-8  # of the update of the scales, as in the offi
 _MAX_DEFAULT_STEPS = 390  # the paper's: one epoch of CIFAR-10 in batches of 128
 
 
-@dataclass
+@dataclass(repr=False)
 class GradInitReport:
-    """What GradInit found: `print` it, `save` it as JSON, `plot` it as PNG.
+    """What GradInit found: `print` it, `save` it as JSON, `plot` it; a notebook shows it as a table.
 
     Attributes:
         scales: Learned factor by tensor name.
@@ -68,7 +72,14 @@ class GradInitReport:
         return sum(entry["constrained"] for entry in self.history)
 
     def __str__(self) -> str:
-        width = max(map(len, self.scales))
+        return "\n".join([self._summary(), *scale_lines(self.scales)])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return scale_table(self._summary(), self.scales)
+
+    def _summary(self) -> str:
         lines = [
             f"GradInit for {self.algorithm}, eta={self.eta:g}, gamma={self.gamma:.4g}: {len(self.history)} steps in "
             f"{self.seconds:.1f} s, constraint active in {self.constrained_steps}"
@@ -76,33 +87,17 @@ class GradInitReport:
         if self.history:
             first, last = self.history[0], self.history[-1]
             lines += [f"{key}: {first[key]:.4g} -> {last[key]:.4g}" for key in ("loss", "grad_norm")]
-        return "\n".join(lines + [f"{name:{width}} {scale:8.4f}" for name, scale in self.scales.items()])
+        return "\n".join(lines)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON."""
         write_json(path, {**asdict(self), "constrained_steps": self.constrained_steps})
 
-    def plot(self, path: str | os.PathLike) -> None:
-        """Draw loss and gradient norm by step, and the scale of every tensor, as a PNG."""
-        from matplotlib.figure import Figure
+    def plot(self, path: str | os.PathLike | None = None) -> "Picture":
+        """Draw loss and gradient norm by step, and the scale of every tensor; a path writes that as a PNG too."""
+        from ..plots import plot_gradinit  # matplotlib is slow to import: only who draws waits for it
 
-        from ..plots import save_figure
-
-        figure = Figure(figsize=(7, 8), layout="constrained")
-        losses, norms, scales = figure.subplots(3)
-        losses.plot([entry["loss"] for entry in self.history], label="at the scaled weights")
-        # None where there was no trial step; NaN leaves a gap in the line.
-        trial = [math.nan if entry["trial_loss"] is None else entry["trial_loss"] for entry in self.history]
-        losses.plot(trial, ".", label="after the trial step")
-        losses.set(ylabel="loss")
-        losses.legend()
-        norms.semilogy([entry["grad_norm"] for entry in self.history])
-        norms.axhline(self.gamma, color="black", linewidth=0.5, linestyle="--")
-        norms.set(xlabel="step", ylabel="gradient norm, gamma dashed")
-        scales.semilogy(list(self.scales.values()), ".")
-        scales.axhline(1, color="black", linewidth=0.5)
-        scales.set(xlabel="tensor, from the input to the output", ylabel="scale")
-        save_figure(figure, path)
+        return plot_gradinit(self, path)
 
 
 def _tensors(scales: Tensor, moments: dict[str, list[Tensor]]) -> dict[str, Tensor]:
@@ -499,6 +494,7 @@ def gradinit_(
     max_scale: float = 10.0,
     loss_fn: Loss | None = None,
     callback: Callable[[GradInit], None] | None = None,
+    show_progress_bar: bool | None = None,
     **options,
 ) -> GradInitReport:
     """Scale every weight tensor of a model, in place, so that the first step of the optimizer helps most.
@@ -528,7 +524,9 @@ def gradinit_(
         min_scale: Floor of the scales.
         max_scale: Ceiling of the scales.
         loss_fn: `loss_fn(model, batch)` returns a scalar.
-        callback: Called with the `GradInit` object after each step, e.g. for a progress bar: `init.history[-1]`.
+        callback: Called with the `GradInit` object after each step, e.g. to log `init.history[-1]`.
+        show_progress_bar: Whether to show one; default: in a terminal and in a notebook, and not where the output is a
+            file.
         **options: Further ones of `GradInit`. `scale_clip=1.0` bounds each scale's gradient. `second_order` is
             "finite_difference" of ordinary gradients or "double_backward", exact, which needs twice differentiable
             operations and has torch take math attention. `epsilon=1e-3` is the size of the finite difference, the
@@ -562,10 +560,13 @@ def gradinit_(
     )
     source = batches if num_steps is None else _cycle(batches)
     steps = _MAX_DEFAULT_STEPS if num_steps is None else num_steps
-    for batch, fresh in islice(pairwise(source), steps):
-        init.step(batch, half_overlap(batch, fresh))
-        if callback:
-            callback(init)
+    with steps_bar("GradInit", num_steps, show_progress_bar) as bar:
+        for batch, fresh in islice(pairwise(source), steps):
+            init.step(batch, half_overlap(batch, fresh))
+            bar.set_postfix(loss=f"{init.history[-1]['loss']:.3g}", refresh=False)
+            bar.update()
+            if callback:
+                callback(init)
     if len(init.history) < (num_steps or 1):
         raise ValueError(
             f"the batches ran out after {len(init.history)} of {num_steps or 1} steps; a step needs a batch and the one "

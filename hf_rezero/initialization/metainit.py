@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,17 @@ from torch import Tensor, nn
 from ..files import write_json
 from ..structure.loss import Loss
 from ..structure.parameters import decays, is_resweight
+from .showing import scale_lines, scale_table, steps_bar
 from .trial import Reduce, TrialModel, trainable, twice_differentiable_attention
 
+
+if TYPE_CHECKING:
+    from ..picture import Picture
 
 __all__ = ["MetaInitReport", "metainit_", "random_batches"]
 
 
-@dataclass
+@dataclass(repr=False)
 class MetaInitReport:
     """What MetaInit found: factors by tensor name, `loss` and `gradient_quotient` by step, wall time in seconds."""
 
@@ -37,16 +42,28 @@ class MetaInitReport:
     seconds: float
 
     def __str__(self) -> str:
-        width = max(map(len, self.scales))
+        return "\n".join([self._summary(), *scale_lines(self.scales)])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return scale_table(self._summary(), self.scales)
+
+    def _summary(self) -> str:
         first, last = (self.history[i]["gradient_quotient"] for i in (0, -1))
-        lines = [
+        return (
             f"MetaInit: {len(self.history)} steps in {self.seconds:.1f} s, gradient quotient {first:.4g} -> {last:.4g}"
-        ]
-        return "\n".join(lines + [f"{name:{width}} {scale:8.4f}" for name, scale in self.scales.items()])
+        )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON."""
         write_json(path, asdict(self))
+
+    def plot(self, path: str | os.PathLike | None = None) -> "Picture":
+        """Draw loss and gradient quotient by step, and the scale of every tensor; a path writes that as a PNG too."""
+        from ..plots import plot_metainit  # matplotlib is slow to import: only who draws waits for it
+
+        return plot_metainit(self, path)
 
 
 def random_batches(input_size: tuple[int, ...], num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -105,6 +122,7 @@ def metainit_(
     loss_fn: Loss | None = None,
     reduce: Reduce | None = None,
     callback: Callable[[list[dict]], None] | None = None,
+    show_progress_bar: bool | None = None,
 ) -> MetaInitReport:
     """Scale every weight matrix of a model, in place, by sign descent with momentum on the gradient quotient.
 
@@ -124,6 +142,7 @@ def metainit_(
         loss_fn: `loss_fn(model, batch)` returns a scalar; by default the `.loss` of `model(**batch)`.
         reduce: Averages a list of tensors over processes, as in `GradInit`.
         callback: Called with the history after each step.
+        show_progress_bar: As for `gradinit_`.
 
     Returns:
         The factors and the curve.
@@ -147,19 +166,22 @@ def metainit_(
     norms = torch.tensor([w.norm().item() for w in matrices.values()], dtype=torch.float64)
     scales, velocity = torch.ones_like(norms), torch.zeros_like(norms)
     history: list[dict] = []
-    for batch in islice(batches, num_steps):
-        factors = dict(zip(matrices, scales.tolist(), strict=True))
-        theta = {name: (w.detach() * factors.get(name, 1.0)).requires_grad_() for name, w in weights.items()}
-        loss, quotient, slope = _evaluate(trial, theta, matrices, batch, epsilon, reduce)
-        history.append({"loss": loss, "gradient_quotient": quotient})
-        if not math.isfinite(quotient) or not slope.isfinite().all():
-            raise ValueError(
-                f"MetaInit step {len(history) - 1}: loss {loss}, gradient quotient {quotient}, or its gradient"
-            )
-        velocity = momentum * velocity - scale_lr * slope.sign()
-        scales = (scales + velocity / norms).clamp_min(min_scale)
-        if callback:
-            callback(history)
+    with steps_bar("MetaInit", num_steps, show_progress_bar) as bar:
+        for batch in islice(batches, num_steps):
+            factors = dict(zip(matrices, scales.tolist(), strict=True))
+            theta = {name: (w.detach() * factors.get(name, 1.0)).requires_grad_() for name, w in weights.items()}
+            loss, quotient, slope = _evaluate(trial, theta, matrices, batch, epsilon, reduce)
+            history.append({"loss": loss, "gradient_quotient": quotient})
+            if not math.isfinite(quotient) or not slope.isfinite().all():
+                raise ValueError(
+                    f"MetaInit step {len(history) - 1}: loss {loss}, gradient quotient {quotient}, or its gradient"
+                )
+            velocity = momentum * velocity - scale_lr * slope.sign()
+            scales = (scales + velocity / norms).clamp_min(min_scale)
+            bar.set_postfix(quotient=f"{quotient:.3g}", refresh=False)
+            bar.update()
+            if callback:
+                callback(history)
     if len(history) < num_steps:
         raise ValueError(f"the batches ran out after {len(history)} of {num_steps} steps; random_batches never ends")
     report = MetaInitReport(dict(zip(matrices, scales.tolist(), strict=True)), history, time.perf_counter() - start)

@@ -3,20 +3,25 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..files import write_json
+from ..notebook import html_table
+
+
+if TYPE_CHECKING:
+    from ..picture import Picture
 
 
 # prefixes of the metrics of a run that prunes; the last is the Trainer's own
 BEFORE, PRUNED, AT_THE_END = "before", "pruned", "eval"
 
 
-@dataclass
+@dataclass(repr=False)
 class PruningReport:
-    """What `prune_` and `remove_pruned_` did.
+    """What `prune_` and `remove_pruned_` did: `print` it, `save` it as JSON, `plot` it; a notebook shows it as a table.
 
     Attributes:
         method: How the units were chosen: l1, l0, a score, or "given".
@@ -120,13 +125,31 @@ class PruningReport:
         """Write JSON."""
         write_json(path, self.to_dict())
 
+    def plot(self, path: str | PathLike | None = None) -> "Picture":
+        """Draw which units are left; a path writes that as a PNG too."""
+        from ..plots import plot_kept  # matplotlib is slow to import: only who draws waits for it
+
+        return plot_kept(self, path)
+
     def __str__(self) -> str:
         left = ", ".join(f"{kept} of {former} {kind}" for kind, (kept, former) in self.left_by_kind().items())
-        lines = [
+        return "\n".join([self._size(), f"kept {left}", *self._remarks()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        kinds = self.left_by_kind().items()
+        rows = [[kind, str(kept), str(former), f"{kept / former:.0%}"] for kind, (kept, former) in kinds]
+        return html_table(self._size(), ["units", "kept", "of", "share"], rows, "\n".join(self._remarks()))
+
+    def _size(self) -> str:
+        return (
             f"{self.method}: {self.parameters_before:,} -> {self.parameters_after:,} parameters, "
-            f"{self.sparsity:.1%} of the cut tensors removed",
-            f"kept {left}",
-        ]
+            f"{self.sparsity:.1%} of the cut tensors removed"
+        )
+
+    def _remarks(self) -> list[str]:
+        lines = []
         if self.max_difference is not None:
             lines.append(
                 f"masked and pruned model differ by at most {self.max_difference:.1e} in outputs up to "
@@ -134,7 +157,7 @@ class PruningReport:
             )
         if self.is_undecided:
             lines.append(f"{self.undecided:.0%} of the gates were undecided: train longer, or per example")
-        return "\n".join(lines)
+        return lines
 
 
 def to_ranges(indices: Sequence[int]) -> str:

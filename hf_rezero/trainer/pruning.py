@@ -320,6 +320,7 @@ class Pruner(TrainerCallback):
         trainer.model_wrapped = rewrap(trainer.accelerator, trainer.model_wrapped, trainer.model)
         if trainer.is_world_process_zero():
             report.save(self._folder() / "report.json")
+            report.plot(self._folder() / "report.png")
             logger.info(str(report))
 
     @torch.no_grad()

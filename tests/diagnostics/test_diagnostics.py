@@ -392,42 +392,31 @@ def test_resweights_come_in_the_order_of_depth(make_config):
     assert resweight_profile(model) == {f"model.layers.{i}.residuals.layer.resweight": 0.5 for i in range(2)}
 
 
-def drawn(monkeypatch):
-    """What was drawn, instead of a file."""
-    figures = []
-    monkeypatch.setattr("hf_rezero.plots.save_figure", lambda figure, path: figures.append(figure))
-    return figures
-
-
-def test_the_picture_of_a_spectrum_shows_every_singular_value(monkeypatch):
-    figures = drawn(monkeypatch)
+def test_the_picture_of_a_spectrum_shows_every_singular_value():
     values = [0.0, 1e-30, 1e-3, 1.0, 1.0, 2.0, 5e3, 1.0]
-    plot_jacobian({"one layer": {"a": values}, "two": {"a": values[2:], "b": [1.0] * 4}}, "x.png")
-    first, second = figures[0].axes
+    figure = plot_jacobian({"one layer": {"a": values}, "two": {"a": values[2:], "b": [1.0] * 4}})
+    first, second = figure.axes
     heights, edges = first.patches[1].get_data()[:2]
     assert sum(heights) == pytest.approx(1) and heights[0] == pytest.approx(2 / 8)
     assert first.get_ylim()[0] < 1 / 8 and edges[0] < -18 and edges[-1] > math.log10(5e3)
     (spike,) = [i for i, share in enumerate(second.patches[3].get_data().values) if share]
     assert (edges[spike] + edges[spike + 1]) / 2 == pytest.approx(0, abs=1e-9)
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["a", "b"]
-    assert [axes.get_title() for axes in figures[0].axes] == ["one layer", "two"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert [axes.get_title() for axes in figure.axes] == ["one layer", "two"]
 
 
 @pytest.mark.parametrize("values", [[1.0], [0.5, 3.0], [1e-300, 1e300], [0.0], [1e-18, 9.999e-19]])
-def test_every_singular_value_has_its_bar(monkeypatch, values):
-    figures = drawn(monkeypatch)
-    plot_jacobian({"": {"a": values}}, "x.png")
-    heights, edges = figures[0].axes[0].patches[0].get_data()[:2]
+def test_every_singular_value_has_its_bar(values):
+    heights, edges = plot_jacobian({"": {"a": values}}).axes[0].patches[0].get_data()[:2]
     assert sum(heights) == pytest.approx(1) and len(heights) <= 50
     for value in values:
         log = math.log10(max(value, 1e-18))
         assert heights[[a <= log <= b for a, b in zip(edges, edges[1:], strict=False)].index(True)] > 0
 
 
-def test_the_picture_of_the_gradients_shows_zeros_too(monkeypatch):
-    figures = drawn(monkeypatch)
-    plot_gradients({"ReZero": {"layers.0": 0.0, "layers.1": 1e-3}, "post": {"layers.0": 1e-9, "layers.1": 1.0}}, "x")
-    (axes,) = figures[0].axes
+def test_the_picture_of_the_gradients_shows_zeros_too():
+    profiles = {"ReZero": {"layers.0": 0.0, "layers.1": 1e-3}, "post": {"layers.0": 1e-9, "layers.1": 1.0}}
+    (axes,) = plot_gradients(profiles).axes
     zero, line = axes.lines[1], axes.lines[0]
     assert math.isnan(line.get_ydata()[0]) and list(zero.get_xdata()) == [0]
     assert axes.get_yscale() == "log" and axes.get_ylim()[0] < zero.get_ydata()[0] < 1e-9
@@ -438,3 +427,24 @@ def test_pictures_are_written(tmp_path):
     plot_gradients({"model.layers.0": 1.0, "lm_head": 0.5}, tmp_path / "b.png")
     assert min((tmp_path / name).stat().st_size for name in ("a.png", "b.png")) > 3000
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_spectrum_and_a_profile_draw_themselves_and_are_what_they_were(tmp_path):
+    sigma = jacobian_spectrum(torch.nn.Linear(3, 2), torch.randn(4, 3))
+    assert isinstance(sigma, torch.Tensor) and sigma.shape == (4, 2)
+    assert type(2 * sigma) is torch.Tensor and type(sigma[0]) is torch.Tensor
+    torch.save(sigma, tmp_path / "sigma.pt")
+    assert torch.load(tmp_path / "sigma.pt").equal(sigma + 0)
+    heights = sigma.plot(tmp_path / "spectrum.png").axes[0].patches[0].get_data().values
+    assert sum(heights) == pytest.approx(1) and (tmp_path / "spectrum.png").exists()
+    assert f"<td>3</td><td>{sigma[3].max():.4g}</td>" in sigma._repr_html_()
+    profile = gradient_profile(
+        torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)),
+        torch.randn(2, 3),
+        loss_fn=lambda m, x: m(x).mean(),
+    )
+    assert profile.plot().axes[0].lines[0].get_ydata() == pytest.approx([g.norm for g in profile.values()])
+    assert (
+        isinstance(profile, dict)
+        and f"<td>1</td><td>{profile['1'].norm:.3g}</td><td>nan</td>" in profile._repr_html_()
+    )

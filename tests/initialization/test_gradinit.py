@@ -22,7 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from transformers.pytorch_utils import Conv1D
 
 from hf_rezero import Muon, ReZero, ReZeroConfig, ReZeroForCausalLM, param_groups
-from hf_rezero.initialization.gradinit import GradInit, gradinit_, half_overlap
+from hf_rezero.initialization.gradinit import GradInit, GradInitReport, gradinit_, half_overlap
 from hf_rezero.initialization.trial import mean_over_processes
 from hf_rezero.structure.kept import random_numbers_kept
 
@@ -890,6 +890,27 @@ def test_report(tmp_path):
     report.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.png"]
+
+
+def test_a_report_names_its_tensors_and_is_short():
+    scales = {f"layers.{i}.weight": 1.0 + 0.01 * i for i in range(50)}
+    history = [{"loss": 2.0, "grad_norm": 3.0, "constrained": False, "trial_loss": 1.0}]
+    report = GradInitReport(scales, history, "adam", 1e-3, 100.0, 1.0)
+    for text in (str(report), report._repr_html_()):
+        assert "layers.49.weight" in text and "layers.38.weight" in text and "layers.37.weight" not in text
+        assert "and 38 more factors, nearer to 1, in .scales" in text
+    assert repr(report) == str(report) and report._repr_html_().count("<tr>") == 13
+    names = [tick.get_text() for tick in report.plot().axes[2].get_yticklabels()]
+    assert names == [str(i) for i in range(0, 50, 2)]  # what tells them apart, as many as fit
+
+
+def test_the_progress_bar_is_silent_unless_it_is_wanted(capsys):
+    options = {"eta": 0.05, "gamma": 42.0, "loss_fn": net_loss, "num_steps": 3}
+    gradinit_(Net(), net_batches(4), **options)
+    assert capsys.readouterr().err == ""  # no terminal here
+    gradinit_(Net(), net_batches(4), **options, show_progress_bar=True)
+    shown = capsys.readouterr().err
+    assert "GradInit: 100%" in shown and "3/3" in shown and "loss=" in shown
 
 
 def test_callback_sees_every_step():

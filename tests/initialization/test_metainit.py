@@ -190,5 +190,8 @@ def test_report(tmp_path):
     assert seen == [1, 2] and "2 steps" in str(report) and "3.weight" in str(report)
     report.save(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["scales"] == report.scales
+    quotients = report.plot(tmp_path / "report.png").axes[1].lines[0].get_ydata()
+    assert list(quotients) == [entry["gradient_quotient"] for entry in report.history]
+    assert (tmp_path / "report.png").exists() and "<td>3.weight</td>" in report._repr_html_()
     inputs, labels = next(random_batches((8, 3, 4, 4), 5))
     assert inputs.shape == (8, 3, 4, 4) and labels.shape == (8,) and labels.max() < 5

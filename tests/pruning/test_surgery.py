@@ -344,6 +344,12 @@ def test_the_report_says_what_was_done(tmp_path):
     _, _, report = pruned("rezero", ("heads", "neurons"), seed=1)
     text = str(report)
     assert f"{report.parameters_before:,}" in text and "masked and pruned model differ by at most" in text
+    kept, former = report.left_by_kind()["heads"]
+    table = report._repr_html_()
+    assert f"<td>heads</td><td>{kept}</td><td>{former}</td>" in table and "differ by at most" in table
+    assert [axes.get_title() for axes in report.plot().axes[1::2]] == [
+        f"{a} of {b}" for a, b in report.left_by_kind().values()
+    ]
     report.save(tmp_path / "deep" / "report.json")
     saved = json.loads((tmp_path / "deep" / "report.json").read_text())
     assert saved["parameters_after"] == report.parameters_after

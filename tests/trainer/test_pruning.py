@@ -141,6 +141,7 @@ def test_a_run_ends_with_a_smaller_model_of_the_wanted_sparsity(make_model, argu
     assert report.max_difference < 1e-4 < report.max_output
     assert all(layer.mlp.up_proj.out_features % 8 == 0 for layer in model.model.layers)
     assert json.loads((folder / "pruning" / "report.json").read_text())["method"] == method
+    assert (folder / "pruning" / "report.png").read_bytes().startswith(b"\x89PNG")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert same(weights(loaded), weights(model))
     ids = torch.arange(16)[None]

@@ -629,6 +629,14 @@ class ReZeroModel(ReZeroPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def extra_repr(self) -> str:
+        """The residual weights of all layers in one line: told by each layer, they would keep equal layers apart."""
+        weights = [p for name, p in self.named_parameters() if name.endswith("resweight")]
+        if not weights or any(type(p) is not nn.Parameter or p.is_meta for p in weights):  # sharded, or without values
+            return ""
+        values = torch.cat([p.detach().cpu().float() for p in weights])
+        return f"{len(values)} residual weights from {values.min():.3g} to {values.max():.3g}"
+
     def number_attention_layers(self):
         """Give slot k of the key/value cache to the k-th layer that has attention; call it again after surgery.
 

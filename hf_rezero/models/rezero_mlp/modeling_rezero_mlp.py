@@ -121,6 +121,14 @@ class ReZeroMLPModel(ReZeroMLPPreTrainedModel):
         self.layers = nn.ModuleList(ReZeroMLPLayer(config) for _ in range(config.num_hidden_layers))
         self.post_init()
 
+    def extra_repr(self) -> str:
+        """The residual weights of all layers in one line: told by each layer, they would keep equal layers apart."""
+        weights = [p for name, p in self.named_parameters() if name.endswith("resweight")]
+        if not weights or any(type(p) is not nn.Parameter or p.is_meta for p in weights):  # sharded, or without values
+            return ""
+        values = torch.cat([p.detach().cpu().float() for p in weights])
+        return f"{len(values)} residual weights from {values.min():.3g} to {values.max():.3g}"
+
     def run_layers(self, hidden_states: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The layers from `start` to `stop`, one after the other."""
         for index in range(start, stop):

@@ -232,6 +232,14 @@ class ReZeroResNetModel(ReZeroResNetPreTrainedModel):
             self.norm = _norm(config, config.hidden_sizes[-1])
         self.post_init()
 
+    def extra_repr(self) -> str:
+        """The residual weights of all layers in one line: told by each layer, they would keep equal layers apart."""
+        weights = [p for name, p in self.named_parameters() if name.endswith("resweight")]
+        if not weights or any(type(p) is not nn.Parameter or p.is_meta for p in weights):  # sharded, or without values
+            return ""
+        values = torch.cat([p.detach().cpu().float() for p in weights])
+        return f"{len(values)} residual weights from {values.min():.3g} to {values.max():.3g}"
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
