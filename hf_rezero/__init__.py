@@ -56,7 +56,7 @@ from .models.rezero_resnet.configuration_rezero_resnet import ReZeroResNetConfig
 from .models.rezero_resnet.modeling_rezero_resnet import ReZeroResNetForImageClassification, ReZeroResNetModel
 from .moved import find_moved_modules
 from .optim import LAMB, LARS, Muon, RAdam, Ranger, RangerLARS, centralize_gradients, lookahead, param_groups
-from .rewrite import fold_resweight_, grow_
+from .rewrite import fold_resweight_, grow_, layout_
 
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ __all__ = [
     "gradinit_",
     "grow_",
     "jacobian_spectrum",
+    "layout_",
     "load_corpus",
     "lookahead",
     "metainit_",

@@ -155,6 +155,7 @@ def test_public_names_are_pinned():
         "gradinit_",
         "grow_",
         "jacobian_spectrum",
+        "layout_",
         "load_corpus",
         "lookahead",
         "metainit_",
