@@ -6,6 +6,7 @@ E `head_dim`, V `vocab_size`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from itertools import islice
 from typing import Any
 
 import torch
@@ -691,7 +692,8 @@ class ReZeroModel(ReZeroPreTrainedModel):
                 encoder_hidden_states=encoder_hidden_states,
             )
         hidden_states, position_embeddings = self._add_positions(inputs_embeds, position_ids, cache)
-        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while `generate` exits early
+        # fewer while `generate` exits early; a slice would be a new module of all layers, at every token
+        for layer in islice(self.layers, self.config.num_hidden_layers):
             hidden_states = layer(
                 hidden_states,
                 attention_mask,
