@@ -32,7 +32,7 @@ def pieces(data: np.ndarray, ends: np.ndarray | None = None, size: int = PIECE) 
     Example:
         >>> data = np.frombuffer("été\\nà\\nb".encode()[1:], np.uint8)
         >>> [decode(data, piece) for piece in pieces(data, size=4)]
-        ['t', 'é\\n', 'à\\nb']
+        ['té\\n', 'à\\nb']
         >>> [(decode(data, piece), piece.ends_document) for piece in pieces(data, np.array([7]))]
         [('té\\nà', True), ('b', False)]
     """
