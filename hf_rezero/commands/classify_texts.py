@@ -19,7 +19,7 @@ from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
-from .. import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
+from .. import ReZeroTrainer, ReZeroTrainingArguments
 from . import summary
 from .entry import run_command
 from .running import (
@@ -27,6 +27,7 @@ from .running import (
     accuracy,
     check_output_dir,
     check_purpose,
+    choose_tokenizer,
     load_model,
     parse_arguments,
     predict_and_save,
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     check_purpose(training_args)
     checkpoint = check_output_dir(training_args)
     set_seed(training_args.seed)
-    tokenizer = byte_tokenizer(model_max_length=data_args.max_seq_length)
+    tokenizer = choose_tokenizer(model_args, data_args.max_seq_length)
     tokenizer.padding_side = "right"  # so that positions count from the first byte of a text
     with training_args.main_process_first(desc="reading the texts"):
         tables = load_tables(data_args, model_args.cache_dir, model_args.token)
@@ -92,7 +93,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         }
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     trainer = ReZeroTrainer(
-        load_model(model_args, AutoModelForSequenceClassification, data_args.max_seq_length, is_causal=False, **names),
+        load_model(
+            model_args,
+            AutoModelForSequenceClassification,
+            data_args.max_seq_length,
+            tokenizer,
+            is_causal=False,
+            **names,
+        ),
         training_args,
         data_collator=DataCollatorWithPadding(tokenizer, "max_length" if data_args.pad_to_max_length else "longest"),
         train_dataset=parts.get("train"),

@@ -1,8 +1,9 @@
-"""Train or evaluate a causal language model on raw bytes.
+"""Train or evaluate a causal language model, on raw bytes or in the tokens of any tokenizer.
 
     hf-rezero clm scripts/configs/quickstart.yaml
     hf-rezero clm --train_file text.xz --config_overrides num_hidden_layers=64,hidden_size=256 \
         --output_dir outputs/mine --do_train --do_eval --do_predict --max_steps 1000 --learning_rate 2e-3
+    hf-rezero clm --tokenizer_name outputs/bpe --train_file text.xz --output_dir outputs/tokens --do_train --do_eval
 
 The first argument may be a YAML or JSON file of arguments; the command line wins over it. Runs on one process, or on
 several through `torchrun` or `accelerate launch`. Beside the checkpoint a finished run leaves `all_results.json`,
@@ -11,22 +12,21 @@ several through `torchrun` or `accelerate launch`. Beside the checkpoint a finis
 
 from transformers import AutoModelForCausalLM, set_seed
 
-from .. import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
-from ..data.windows import ByteDataset, collate_bytes, evaluation_windows
+from .. import ReZeroTrainer, ReZeroTrainingArguments
+from ..data.windows import collate_bytes
 from . import summary
 from .entry import run_command
 from .running import (
-    DataArguments,
     ModelArguments,
     check_output_dir,
     check_purpose,
+    choose_tokenizer,
     evaluate_and_save,
-    load_bytes,
     load_model,
     parse_arguments,
     run_and_publish,
-    shortened,
 )
+from .texts import DataArguments, load_texts, needed_parts, scored_windows, source_of, training_windows
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -37,34 +37,24 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     check_purpose(training_args)
     checkpoint = check_output_dir(training_args)
     set_seed(training_args.seed)
+    tokenizer = choose_tokenizer(model_args, data_args.block_size)
+    model = load_model(model_args, AutoModelForCausalLM, data_args.block_size, tokenizer, is_causal=True)
     with training_args.main_process_first(desc="reading the corpus"):
-        train, validation, test = load_bytes(data_args, model_args.cache_dir)
-    model = load_model(model_args, AutoModelForCausalLM, data_args.block_size, is_causal=True)
-    block_size, stride = data_args.block_size, data_args.eval_stride
+        progress = not training_args.disable_tqdm
+        texts = load_texts(data_args, model_args, tokenizer, needed_parts(training_args), progress=progress)
     trainer = ReZeroTrainer(
         model,
         training_args,
         data_collator=collate_bytes,
-        train_dataset=shortened(ByteDataset(train, block_size), data_args.max_train_samples)
-        if training_args.do_train
-        else None,
-        eval_dataset=shortened(evaluation_windows(validation, block_size, stride), data_args.max_eval_samples)
-        if training_args.do_eval or training_args.eval_strategy != "no"
-        else None,
-        processing_class=byte_tokenizer(model_max_length=block_size),
+        train_dataset=training_windows(texts["train"], data_args) if "train" in texts else None,
+        eval_dataset=scored_windows(texts["validation"], data_args) if "validation" in texts else None,
+        processing_class=tokenizer,
     )
 
     def predict() -> dict[str, float]:
-        windows = shortened(evaluation_windows(test, block_size, stride), data_args.max_eval_samples)
-        return evaluate_and_save(trainer, windows, "test")
+        return evaluate_and_save(trainer, scored_windows(texts["test"], data_args), "test")
 
-    return run_and_publish(
-        trainer,
-        checkpoint,
-        predict,
-        tasks="text-generation",
-        dataset=data_args.dataset_name or data_args.train_file,
-    )
+    return run_and_publish(trainer, checkpoint, predict, tasks="text-generation", dataset=source_of(data_args))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Train or evaluate a masked language model, an encoder, on raw bytes.
+"""Train or evaluate a masked language model, an encoder, on raw bytes or in the tokens of any tokenizer.
 
     hf-rezero mlm --dataset_name python-stdlib --output_dir outputs/mlm --do_train --do_eval --do_predict \
         --config_overrides num_hidden_layers=12,hidden_size=256 --max_steps 1000 --learning_rate 2e-3
 
 Arguments, data and what a finished run leaves are those of `hf-rezero clm`. As in BERT (Devlin et al. 2019,
-arXiv:1810.04805), a part of the bytes is to be predicted: 80 % of them are replaced by `<|mask|>`, 10 % by a random
-token, 10 % are left as they are. `eval_loss` is nats per predicted byte, `eval_perplexity` its exponential, and
+arXiv:1810.04805), a part of the bytes or tokens is to be predicted: 80 % of them are replaced by `<|mask|>`, 10 % by a random
+token, 10 % are left as they are. `eval_loss` is nats per predicted byte or token, `eval_perplexity` its exponential, and
 `eval_accuracy` the share of right answers, all exact for any batch size and number of processes.
 """
 
@@ -16,23 +16,22 @@ import torch
 from torch import nn
 from transformers import AutoModelForMaskedLM, EvalPrediction, set_seed
 
-from .. import ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
+from .. import ReZeroTrainer, ReZeroTrainingArguments
 from ..data.masking import MaskedBytes
 from ..data.windows import collate_bytes
 from . import summary
 from .entry import run_command
 from .running import (
-    DataArguments,
     ModelArguments,
     check_output_dir,
     check_purpose,
+    choose_tokenizer,
     evaluate_and_save,
-    load_bytes,
     load_model,
     parse_arguments,
     run_and_publish,
-    shortened,
 )
+from .texts import DataArguments, load_texts, needed_parts, shortened, source_of
 
 
 @dataclass
@@ -58,35 +57,36 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     check_purpose(training_args)
     checkpoint = check_output_dir(training_args)
     set_seed(training_args.seed)
+    tokenizer = choose_tokenizer(model_args, data_args.block_size)
+    if tokenizer.mask_token_id is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} of {len(tokenizer)} tokens has no mask token: name another --tokenizer_name, or "
+            f"give it one, tokenizer.add_special_tokens({{'mask_token': '<|mask|>'}}), and save it."
+        )
+    model = load_model(model_args, AutoModelForMaskedLM, data_args.block_size, tokenizer, is_causal=False)
     with training_args.main_process_first(desc="reading the corpus"):
-        train, validation, test = load_bytes(data_args, model_args.cache_dir)
-    evaluates = training_args.do_eval or training_args.eval_strategy != "no"
+        progress = not training_args.disable_tqdm
+        texts = load_texts(data_args, model_args, tokenizer, needed_parts(training_args), progress=progress)
+
+    def windows(part: str, count: int | None, fixed: bool = True):
+        ids, size = texts[part].ids, data_args.block_size
+        return shortened(MaskedBytes(ids, size, data_args.mlm_probability, fixed, tokenizer), count)
+
     trainer = ReZeroTrainer(
-        load_model(model_args, AutoModelForMaskedLM, data_args.block_size, is_causal=False),
+        model,
         training_args,
         data_collator=collate_bytes,
-        train_dataset=windows(train, data_args, data_args.max_train_samples) if training_args.do_train else None,
-        eval_dataset=windows(validation, data_args, data_args.max_eval_samples, fixed=True) if evaluates else None,
-        processing_class=byte_tokenizer(model_max_length=data_args.block_size),
+        train_dataset=windows("train", data_args.max_train_samples, fixed=False) if "train" in texts else None,
+        eval_dataset=windows("validation", data_args.max_eval_samples) if "validation" in texts else None,
+        processing_class=tokenizer,
         preprocess_logits_for_metrics=score_windows,
         compute_metrics=add_up,
     )
 
     def predict() -> dict[str, float]:
-        return evaluate_and_save(trainer, windows(test, data_args, data_args.max_eval_samples, fixed=True), "test")
+        return evaluate_and_save(trainer, windows("test", data_args.max_eval_samples), "test")
 
-    return run_and_publish(
-        trainer,
-        checkpoint,
-        predict,
-        tasks="fill-mask",
-        dataset=data_args.dataset_name or data_args.train_file,
-    )
-
-
-def windows(data, args: MaskedDataArguments, count: int | None, fixed: bool = False):
-    """The first `count` masked windows of the bytes, or all."""
-    return shortened(MaskedBytes(data, args.block_size, args.mlm_probability, fixed), count)
+    return run_and_publish(trainer, checkpoint, predict, tasks="fill-mask", dataset=source_of(data_args))
 
 
 def score_windows(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@
 `--score` removes the units of the lowest score at once, then fine-tunes if `--max_steps` or `--do_train` is given;
 `--prune_method` learns masks. While it trains, the model also learns from the dense one, see `--distill_from`, which may
 name another teacher, or none. A checkpoint with the byte tokenizer, or with none, reads the bytes of the corpus; one
-with another tokenizer reads its tokens, and its quality is then in bits per token. Beside the smaller checkpoint a
+with another tokenizer reads its tokens. The quality is in bits per byte. Beside the smaller checkpoint a
 run leaves `pruning/report.json`, `pruning/report.png` and `all_results.json`; `--sparsities` leaves `curve.json` and
 `curve.png`.
 """
@@ -19,7 +19,6 @@ run leaves `pruning/report.json`, `pruning/report.png` and `all_results.json`; `
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from .. import PruningConfig, ReZeroTrainer, ReZeroTrainingArguments, byte_tokenizer
+from .. import PruningConfig, ReZeroTrainer, ReZeroTrainingArguments
 from ..data.units import BITS_PER_BYTE, BITS_PER_TOKEN, Unit, tokens_are_bytes
-from ..data.windows import ByteDataset, collate_bytes, evaluation_windows, token_windows
+from ..data.windows import collate_bytes
 from ..files import read_json, write_json
 from ..plots import plot_sparsity_curve
 from ..pruning import (
@@ -55,17 +54,17 @@ from ..trainer.flags import read_flags
 from . import summary
 from .entry import run_command
 from .running import (
-    DataArguments,
     ModelArguments,
     check_output_dir,
+    check_sizes,
+    choose_tokenizer,
     evaluate_and_save,
     load_any_model,
-    load_bytes,
-    load_tokenizer,
     parse_arguments,
     run_and_publish,
-    shortened,
+    weight_type,
 )
+from .texts import DataArguments, load_texts, scored_windows, source_of, training_windows
 
 
 SCORES = ("first_k", "random", "magnitude", "apoz", "taylor")
@@ -106,18 +105,6 @@ class Data:
     unit: Unit
 
 
-class TokenTrainer(ReZeroTrainer):
-    """Bits per predicted token, where a token is not a byte."""
-
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
-        """Evaluate; bits per token stand in place of bits per byte."""
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = output.metrics or {}
-        bits = metrics.pop(f"{metric_key_prefix}_{BITS_PER_BYTE.key}")
-        metrics[f"{metric_key_prefix}_{BITS_PER_TOKEN.key}"] = bits
-        return output
-
-
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run what the arguments ask for and return the metrics."""
     model_args, data_args, prune_args, args = parse_arguments(
@@ -128,16 +115,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args.do_train = args.do_eval = True  # something is written in any case, and never over an earlier run
     checkpoint, args.do_train = check_output_dir(args), trains
     set_seed(args.seed)
-    model = load_checkpoint(model_args, data_args.block_size)
+    model = load_checkpoint(model_args)
     with args.main_process_first(desc="reading the corpus"):
-        data = load_data(data_args, model_args, model.config)
+        data = load_data(data_args, model_args, model.config, not args.disable_tqdm)
     if sparsities:
         draw_curve(model, data, prune_args, args, sparsities)
     if args.prune_method is None and args.prune_target_sparsity is None:
         return {}
     size = weights_size(model_args.model_name_or_path) or model.get_memory_footprint()
-    trainer = make_trainer(model, args, data, teacher_of(model_args, data_args, args, trains))
-    metrics = prune(trainer, data, prune_args, checkpoint, data_args.dataset_name or data_args.train_file)
+    trainer = make_trainer(model, args, data, teacher_of(model_args, args, trains))
+    metrics = prune(trainer, data, prune_args, checkpoint, source_of(data_args))
     report = trainer.pruning_report
     report.take_quality(metrics, data.unit.key)
     report.bytes_before, report.bytes_after = size, weights_size(args.output_dir)
@@ -202,13 +189,13 @@ def check_sparsities(prune_args: PruneArguments, args) -> list[float]:
     return sorted(sparsities)
 
 
-def load_checkpoint(args: ModelArguments, block_size: int) -> PreTrainedModel:
+def load_checkpoint(args: ModelArguments) -> PreTrainedModel:
     """The model to prune, also one that was pruned before."""
     folder = Path(args.model_name_or_path)
     own = read_json(folder / "config.json")
     if own.get("pruning") and own["model_type"] != "rezero":
         config = AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+        model = AutoModelForCausalLM.from_config(config, dtype=weight_type(args.dtype))
         load_pruned(folder, model)
     else:
         model = load_any_model(args, AutoModelForCausalLM, {})
@@ -218,40 +205,26 @@ def load_checkpoint(args: ModelArguments, block_size: int) -> PreTrainedModel:
             f"{folder} holds a {architectures[0]}: this script prunes causal language models. Prune others in Python "
             f"with hf_rezero.pruning, or while they train, with the --prune_* arguments of the other scripts."
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    has_table = getattr(model.config, "position_embedding_type", "learned") == "learned"
-    if has_table and positions is not None and block_size > positions:
-        raise ValueError(f"got --block_size {block_size}: the model reads at most {positions} positions.")
     return model
 
 
-def load_data(args: DataArguments, model_args: ModelArguments, config) -> Data:
-    """The windows of the corpus, in bytes or in the tokens of the checkpoint."""
-    tokenizer, size = load_tokenizer(model_args), args.block_size
-    is_bytes = tokens_are_bytes(tokenizer, config.vocab_size)
-    if tokenizer is None and not is_bytes:
-        raise ValueError(
-            f"{model_args.model_name_or_path} has no tokenizer, and vocab_size={config.vocab_size} is not that of a "
-            f"byte model: save its tokenizer beside it."
-        )
-    if is_bytes:
-        tokenizer = byte_tokenizer(model_max_length=size)
-        cut, cut_evaluation = ByteDataset, partial(evaluation_windows, stride=args.eval_stride)
-    else:
-        cut = cut_evaluation = partial(token_windows, tokenizer)
-    train, validation, test = load_bytes(args, model_args.cache_dir)
+def load_data(args: DataArguments, model_args: ModelArguments, config, progress: bool) -> Data:
+    """The windows of the corpus, in the tokens of the checkpoint."""
+    tokenizer = choose_tokenizer(model_args, args.block_size)
+    check_sizes(config, tokenizer, args.block_size)
+    texts = load_texts(args, model_args, tokenizer, ("train", "validation", "test"), progress=progress)
+    train, validation, test = texts.values()
+    is_per_byte = tokens_are_bytes(tokenizer) or validation.num_bytes is not None
     return Data(
-        shortened(cut(train, size), args.max_train_samples),
-        shortened(cut_evaluation(validation, size), args.max_eval_samples),
-        shortened(cut_evaluation(test, size), args.max_eval_samples),
+        training_windows(train, args),
+        scored_windows(validation, args),
+        scored_windows(test, args),
         tokenizer,
-        BITS_PER_BYTE if is_bytes else BITS_PER_TOKEN,
+        BITS_PER_BYTE if is_per_byte else BITS_PER_TOKEN,
     )
 
 
-def teacher_of(
-    model_args: ModelArguments, data_args: DataArguments, args: ReZeroTrainingArguments, trains: bool
-) -> DistillationConfig | None:
+def teacher_of(model_args: ModelArguments, args: ReZeroTrainingArguments, trains: bool) -> DistillationConfig | None:
     """Whom the model learns from while it trains: the dense model, unless `--distill_from` names another or none."""
     if not trains:
         args.distill_from = NO_TEACHER
@@ -259,7 +232,7 @@ def teacher_of(
     args.distill_from = args.distill_from or dense
     config = DistillationConfig.from_arguments(args)
     if config is not None and config.teacher == dense:
-        config.teacher = load_checkpoint(model_args, data_args.block_size)  # which also reads what was pruned before
+        config.teacher = load_checkpoint(model_args)  # which also reads what was pruned before
     return config
 
 
@@ -267,7 +240,7 @@ def make_trainer(
     model: PreTrainedModel, args: ReZeroTrainingArguments, data: Data, teacher: DistillationConfig | None = None
 ) -> ReZeroTrainer:
     """A Trainer that evaluates and trains on the windows."""
-    return (ReZeroTrainer if data.unit is BITS_PER_BYTE else TokenTrainer)(
+    return ReZeroTrainer(
         model,
         args,
         data_collator=collate_bytes,

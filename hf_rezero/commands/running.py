@@ -1,6 +1,7 @@
 """What the command-line scripts share: arguments from a file, the model to train, and what a finished run leaves."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch.utils.data import Subset
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -28,10 +28,8 @@ from transformers import (
     Trainer,
 )
 
-from ..data.corpora import load_corpus
 from ..data.tokenizer import byte_tokenizer
 from ..data.units import tokens_are_bytes
-from ..data.windows import ByteDataset
 from ..diagnostics.resweights import resweight_profile
 from ..files import write_text
 from ..optim.registry import split_items
@@ -50,6 +48,13 @@ class ModelArguments:
     model_type: str = field(
         default="rezero", metadata={"help": "Architecture of a new model: rezero, gpt2, llama ..."}
     )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub name of a tokenizer; default: the checkpoint's, or the bytes of the text."},
+    )
+    use_fast_tokenizer: bool = field(
+        default=True, metadata={"help": "Use a tokenizer of the `tokenizers` library, where there is one."}
+    )
     config_name: str | None = field(default=None, metadata={"help": "Folder or Hub name of a config for a new model."})
     config_overrides: str | None = field(
         default=None, metadata={"help": "Config of a new model: name=value,name=value. Derived fields follow."}
@@ -57,7 +62,12 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flex_attention ...; eager is the fastest for bf16 on a CPU."}
     )
-    dtype: str = field(default="float32", metadata={"help": "Type of the loaded weights; --bf16 keeps fp32 weights."})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Type of the weights, auto, float32, bfloat16 or float16; auto: the checkpoint's. --bf16 keeps fp32."
+        },
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and unpacked corpora are kept."})
     model_revision: str = field(default="main", metadata={"help": "Revision of the Hub repository."})
     token: str | None = field(default=None, metadata={"help": "Hub token; default: the stored one."})
@@ -149,55 +159,93 @@ def build_config(model_type: str, overrides: str | None = None, **defaults) -> P
 
 
 def load_model(
-    args: ModelArguments, auto_class: type, length: int, *, is_causal: bool, **config_values
+    args: ModelArguments,
+    auto_class: type,
+    length: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    is_causal: bool,
+    **config_values,
 ) -> PreTrainedModel:
-    """Load a checkpoint, or make a new model, that reads `length` bytes in the class that `auto_class` finds.
+    """Load a checkpoint, or make a new model, that reads `length` tokens in the class that `auto_class` finds.
 
     Args:
         args: Which checkpoint, or which shape.
         auto_class: `AutoModelForCausalLM` or another.
-        length: Bytes of the longest input.
+        length: Tokens of the longest input.
+        tokenizer: Whose tokens it reads; the vocabulary of a new model follows it. Default: that of bytes.
         is_causal: Whether a new model is a decoder; a checkpoint knows what it is.
         config_values: Values for the config of either, such as the names of labels.
 
     Raises:
-        ValueError: Overrides for a checkpoint, a checkpoint that reads other tokens than bytes, a vocabulary without the
-            bytes and special tokens, or too few positions.
+        ValueError: Overrides for a checkpoint, a vocabulary without some of the tokens, or too few positions.
     """
-    refuse_other_tokens(args)
-    # the special tokens of a foreign model type would be among the bytes, or beyond the table
-    special = {name: getattr(byte_tokenizer(), name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tokenizer = tokenizer or byte_tokenizer()
+    # the special tokens of a foreign model type would be other tokens, or beyond the table
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if not args.model_name_or_path:
         config_values["is_causal"] = is_causal
-    model = load_any_model(args, auto_class, {"vocab_size": 264, **special}, **config_values)
-    _check_sizes(model.config, length)
+    shape = {"vocab_size": math.ceil(_vocabulary(tokenizer) / 8) * 8, **special}
+    model = load_any_model(args, auto_class, shape, **config_values)
+    check_sizes(model.config, tokenizer, length)
     return model
 
 
-def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the checkpoint, or None."""
-    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
-    hub["trust_remote_code"] = args.trust_remote_code
+def choose_tokenizer(args: ModelArguments, length: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of `--tokenizer_name`, else the one beside the checkpoint, else that of bytes.
+
+    Raises:
+        ValueError: Overrides for a checkpoint, no tokenizer of that name, or none beside a checkpoint that reads no bytes.
+    """
+    check_overrides(args)
+    if args.tokenizer_name:
+        tokenizer = load_tokenizer(args, args.tokenizer_name)
+        if tokenizer is None:
+            raise ValueError(
+                f"there is no tokenizer in --tokenizer_name {args.tokenizer_name}: name a folder that "
+                f"`hf-rezero tokenizer` or `save_pretrained` wrote, or a repository on the Hub."
+            )
+    elif not args.model_name_or_path:
+        return byte_tokenizer(model_max_length=length)
+    else:
+        tokenizer = load_tokenizer(args, args.model_name_or_path)
+        vocab_size = getattr(AutoConfig.from_pretrained(args.model_name_or_path, **_hub(args)), "vocab_size", None)
+        if not tokens_are_bytes(tokenizer, vocab_size) and tokenizer is None:
+            raise ValueError(
+                f"{args.model_name_or_path} has no tokenizer, and vocab_size={vocab_size} is not that of a byte model: "
+                f"save its tokenizer beside it, or name one with --tokenizer_name."
+            )
+    return byte_tokenizer(model_max_length=length) if tokenizer is None or tokens_are_bytes(tokenizer) else tokenizer
+
+
+def check_overrides(args: ModelArguments) -> None:
+    """Refuse overrides for a model that has its shape.
+
+    Raises:
+        ValueError: There are some.
+    """
+    if args.config_overrides and (args.config_name or args.model_name_or_path):
+        raise ValueError("--config_overrides shapes a new model: leave out --config_name and --model_name_or_path.")
+
+
+def load_tokenizer(args: ModelArguments, name: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a folder or repository, or None."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=args.use_fast_tokenizer, **_hub(args))
     except (OSError, ValueError):
         return None
     # some classes, such as GPT-2's, come without vocabulary where there is no file
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
 
-def refuse_other_tokens(args: ModelArguments) -> None:
-    """Refuse a checkpoint whose tokenizer is not ours: the ids of bytes would be other tokens to it.
+def _hub(args: ModelArguments) -> dict[str, Any]:
+    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
+    return hub | {"trust_remote_code": args.trust_remote_code}
 
-    Raises:
-        ValueError: There is such a tokenizer beside the checkpoint.
-    """
-    tokenizer = load_tokenizer(args) if args.model_name_or_path else None
-    if tokenizer is not None and not tokens_are_bytes(tokenizer):
-        raise ValueError(
-            f"{args.model_name_or_path} got its text as {len(tokenizer)} tokens of {type(tokenizer).__name__}, and this "
-            f"command reads bytes: choose a checkpoint of a byte model, or train this one with ReZeroTrainer in Python."
-        )
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The rows that a table of embeddings needs; numbers may be left out among the ids."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def load_any_model(
@@ -215,11 +263,9 @@ def load_any_model(
     Raises:
         ValueError: Overrides for a checkpoint.
     """
-    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
-    hub |= {"trust_remote_code": args.trust_remote_code}
-    options = {"attn_implementation": args.attn_implementation, "dtype": getattr(torch, args.dtype)}
-    if args.config_overrides and (args.config_name or args.model_name_or_path):
-        raise ValueError("--config_overrides shapes a new model: leave out --config_name and --model_name_or_path.")
+    hub = _hub(args)
+    options = {"attn_implementation": args.attn_implementation, "dtype": weight_type(args.dtype)}
+    check_overrides(args)
     if args.model_name_or_path:
         check_files_of(args.model_name_or_path)
         options |= load_options or {}
@@ -232,14 +278,38 @@ def load_any_model(
     return auto_class.from_config(config, trust_remote_code=args.trust_remote_code, **options)
 
 
-def _check_sizes(config: PreTrainedConfig, length: int) -> None:
-    needed = len(byte_tokenizer())
+def weight_type(name: str) -> torch.dtype | str:
+    """The type of that name; "auto" is the checkpoint's, and that of transformers for a new model.
+
+    Raises:
+        ValueError: There is none.
+
+    Example:
+        >>> weight_type("auto"), weight_type("bfloat16")
+        ('auto', torch.bfloat16)
+    """
+    if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"got --dtype {name}: expected auto, float32, bfloat16 or float16.")
+    return "auto" if name == "auto" else getattr(torch, name)
+
+
+def check_sizes(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    """Refuse a model that does not know some tokens, or reads fewer of them than an input has.
+
+    Raises:
+        ValueError: So it is.
+    """
+    needed = _vocabulary(tokenizer)
     if config.vocab_size < needed:
-        raise ValueError(f"the model knows {config.vocab_size} tokens: bytes and special tokens need {needed}.")
-    if getattr(config, "position_embedding_type", None) == "learned" and length > config.max_position_embeddings:
+        what = "bytes and special tokens need" if tokens_are_bytes(tokenizer) else "the tokenizer has"
+        raise ValueError(f"the model knows {config.vocab_size} tokens: {what} {needed}. Use a tokenizer that fits.")
+    positions = getattr(config, "max_position_embeddings", None)
+    has_table = getattr(config, "position_embedding_type", "learned") in ("learned", "absolute")
+    if has_table and positions is not None and length > positions:
         raise ValueError(
-            f"inputs of {length} bytes are longer than the position table, max_position_embeddings="
-            f"{config.max_position_embeddings}: use a smaller --block_size or --max_seq_length, or a larger table."
+            f"inputs of {length} {'bytes' if tokens_are_bytes(tokenizer) else 'tokens'} are longer than the position "
+            f"table, max_position_embeddings={positions}: use a smaller --block_size or --max_seq_length, or a larger "
+            f"table."
         )
 
 
@@ -375,50 +445,6 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def likeliest(predictions) -> np.ndarray:
     """The label ids (N,) of logits (N, C), which some models return as the first of several outputs."""
     return (predictions[0] if isinstance(predictions, tuple) else predictions).argmax(-1)
-
-
-@dataclass
-class DataArguments:
-    """The bytes to train on."""
-
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "python-stdlib, enwik8, or a `datasets` name with a text column."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    train_file: str | None = field(default=None, metadata={"help": "Any file, read as bytes; .xz .gz .bz2 .zip too."})
-    validation_file: str | None = field(default=None, metadata={"help": "Default: cut from the training file."})
-    test_file: str | None = field(default=None, metadata={"help": "Default: cut from the training file."})
-    validation_split_percentage: float = field(default=5, metadata={"help": "Part cut off for validation."})
-    test_split_percentage: float = field(default=5, metadata={"help": "Part cut off, at the end, for testing."})
-    block_size: int = field(default=512, metadata={"help": "Bytes of a training or evaluation window."})
-    eval_stride: int | None = field(
-        default=None,
-        metadata={"help": "Step between evaluation windows; every byte is scored once. Default: half a window."},
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use so many training windows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many evaluation windows."})
-
-
-def shortened(dataset: ByteDataset, count: int | None):
-    """The first `count` windows, or all."""
-    return dataset if count is None else Subset(dataset, range(min(count, len(dataset))))
-
-
-def load_bytes(args: DataArguments, cache_dir: str | None):
-    """The three parts of the corpus; a part with a file of its own is not cut from the training file."""
-    if (args.dataset_name is None) == (args.train_file is None):
-        raise ValueError("give exactly one of --dataset_name and --train_file.")
-    if args.train_file is None:
-        corpus = load_corpus(args.dataset_name, config_name=args.dataset_config_name, cache_dir=cache_dir)
-        return corpus.train, corpus.validation, corpus.test
-    validation = 0 if args.validation_file else args.validation_split_percentage / 100
-    test = 0 if args.test_file else args.test_split_percentage / 100
-    corpus = load_corpus(args.train_file, split=(1 - validation - test, validation, test), cache_dir=cache_dir)
-    parts = [corpus.train, corpus.validation, corpus.test]
-    for index, file in ((1, args.validation_file), (2, args.test_file)):
-        if file:
-            parts[index] = load_corpus(file, split=(1, 0, 0), cache_dir=cache_dir).train
-    return parts
 
 
 def predict_and_save(trainer: Trainer, dataset, names: Sequence[str], *, has_labels: bool) -> dict[str, float]:

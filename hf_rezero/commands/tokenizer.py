@@ -13,7 +13,8 @@ from pathlib import Path
 from ..data.bpe import train_bpe
 from . import summary
 from .entry import run_command
-from .running import DataArguments, load_bytes
+from .running import ModelArguments
+from .texts import DataArguments, load_text
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train_file", help="any file of UTF-8 text; .xz .gz .bz2 .zip too")
     parser.add_argument("--dataset_name", help="python-stdlib, enwik8, or a `datasets` name with a text column")
     parser.add_argument("--dataset_config_name", help="configuration of the data set")
+    parser.add_argument("--text_column_name", default=defaults.text_column_name, help="column of the texts, of rows")
     parser.add_argument("--validation_split_percentage", type=float, default=defaults.validation_split_percentage)
     parser.add_argument("--test_split_percentage", type=float, default=defaults.test_split_percentage)
     parser.add_argument("--vocab_size", type=int, default=8192, help="ids in all: special tokens, bytes and merges")
@@ -32,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     vocab_size, folder, cache_dir = args.pop("vocab_size"), Path(args.pop("output_dir")), args.pop("cache_dir")
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"output_dir={folder} is not empty: choose another, or remove it.")
-    text = load_bytes(DataArguments(**args), cache_dir)[0]
+    text = load_text(DataArguments(**args), ModelArguments(cache_dir=cache_dir)).train
     tokenizer = train_bpe(text, vocab_size, progress=True)
     tokenizer.save_pretrained(folder)
     sample = text[: 1 << 20]

@@ -1,4 +1,4 @@
-"""Masked windows of bytes, as BERT reads them."""
+"""Masked windows of bytes or tokens, as BERT reads them."""
 
 import torch
 from transformers import DataCollatorForLanguageModeling
@@ -9,15 +9,20 @@ from .windows import ByteDataset
 
 
 class MaskedBytes(DescribedDataset):
-    """Windows of `block_size` bytes, some of them masked; `labels` are -100 where nothing is to be predicted.
+    """Windows of `block_size` bytes or tokens, some of them masked; `labels` are -100 where nothing is to be predicted.
+
+    The special tokens of a tokenizer, such as those between documents, are never masked; bytes have none. Without a
+    tokenizer the data are bytes.
 
     Training windows are masked anew whenever they are read. `fixed` windows, for evaluation, have masks that follow
     from their number alone: every evaluation asks the same of every model, at any batch size.
     """
 
-    def __init__(self, data, block_size: int, mlm_probability: float, fixed: bool = False):
+    def __init__(self, data, block_size: int, mlm_probability: float, fixed: bool = False, tokenizer=None):
         self.windows = ByteDataset(data, block_size)
-        self.masking = DataCollatorForLanguageModeling(byte_tokenizer(), mlm_probability=mlm_probability)
+        tokenizer = tokenizer or byte_tokenizer()
+        self.masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability)
+        self.special_ids = torch.tensor(tokenizer.all_special_ids)
         self.fixed = fixed
 
     def set_epoch(self, epoch: int) -> None:
@@ -43,8 +48,8 @@ class MaskedBytes(DescribedDataset):
         # None is the global generator, which the Trainer seeds, and the DataLoader in each worker and epoch
         self.masking.generator = torch.Generator().manual_seed(indices[0]) if self.fixed else None
         original = self.windows.__getitems__(indices)[0]["input_ids"]
-        no_special_tokens = torch.zeros_like(original, dtype=torch.bool)
-        ids, labels = self.masking.torch_mask_tokens(original.clone(), special_tokens_mask=no_special_tokens)
+        is_special = torch.isin(original, self.special_ids)
+        ids, labels = self.masking.torch_mask_tokens(original.clone(), special_tokens_mask=is_special)
         if labels.eq(-100).all():
-            labels[:, 0] = original[:, 0]  # the mean loss over no bytes would be nan
+            labels[:, 0] = original[:, 0]  # the mean loss over nothing would be nan
         return {"input_ids": ids, "labels": labels}

@@ -1,4 +1,4 @@
-"""Whether the tokens of a model are bytes, and what the bits of its predictions are then called."""
+"""Whether the tokens of a model are bytes, and in what its quality is measured."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -20,6 +20,7 @@ class Unit(NamedTuple):
 NUM_BYTES = "num_bytes"  # of a batch for evaluation: the bytes behind the predicted tokens of each sample
 BITS_PER_BYTE = Unit("bpb", "bits_per_byte", "bits per byte")
 BITS_PER_TOKEN = Unit("bits_per_token", "bits_per_token", "bits per token")
+PERPLEXITY = "perplexity"  # of a token; better when lower, as the units
 
 
 def tokens_are_bytes(tokenizer=None, vocab_size: int | None = None) -> bool:

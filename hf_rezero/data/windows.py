@@ -190,11 +190,3 @@ def _check_window_sizes(data: np.ndarray, block_size: int, stride: int | None) -
             f"the training part has {len(data)} bytes, one block needs {block_size}: "
             "use a longer corpus or a smaller --block_size"
         )
-
-
-def token_windows(tokenizer, data: np.ndarray, block_size: int) -> list[dict[str, torch.Tensor]]:
-    """Windows of tokens, one after the other; the rest of the text is left out."""
-    ids = torch.tensor(tokenizer(bytes(data).decode(errors="replace"), verbose=False).input_ids)
-    if len(ids) < block_size:
-        raise ValueError(f"a part has {len(ids)} tokens, one block needs {block_size}: use a smaller --block_size.")
-    return [{"input_ids": block, "labels": block} for block in ids.split(block_size) if len(block) == block_size]

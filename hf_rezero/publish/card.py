@@ -179,9 +179,10 @@ class Run:
         return sorted(found, key=lambda result: (result.prefix, result.type == "loss"))
 
     def unit_of(self, metric: str) -> Unit:
-        """The names of a metric; bits per byte are that only where tokens are bytes."""
+        """The names of a metric; runs of earlier releases have bits per token under the name of bits per byte."""
         if metric == BITS_PER_BYTE.key:
-            return BITS_PER_BYTE if self.tokens_are_bytes else BITS_PER_TOKEN
+            counted = any(data.tokens and data.bytes for data in self.record.measured.evaluations.values())
+            return BITS_PER_BYTE if self.tokens_are_bytes or counted else BITS_PER_TOKEN
         return Unit(metric, metric, metric.replace("_", " "))
 
     @property

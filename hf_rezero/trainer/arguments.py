@@ -6,12 +6,16 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from ..data.units import BITS_PER_BYTE, BITS_PER_TOKEN, PERPLEXITY
 from ..optim.registry import BASES, parse_optimizer
 from .distillation import DistillationConfig
 from .flags import flags_of
 from .gradinit import GradInitConfig
 from .processes import join_on_cpus
 from .pruning import PruningConfig
+
+
+LOWER_IS_BETTER = (BITS_PER_BYTE.key, BITS_PER_TOKEN.key, PERPLEXITY)
 
 
 @dataclass
@@ -38,7 +42,7 @@ class ReZeroTrainingArguments(
     `PruningConfig` one `prune_*`, of which `prune_method` turns pruning on, and every field of `DistillationConfig` one
     `distill_*`, of which `distill_from` names the teacher.
 
-    `bpb` as `metric_for_best_model` is better when lower. `ddp_find_unused_parameters` is False, because every
+    `bpb`, `bits_per_token` and `perplexity` as `metric_for_best_model` are better when lower. `ddp_find_unused_parameters` is False, because every
     parameter takes part in every step.
     """
 
@@ -74,7 +78,7 @@ class ReZeroTrainingArguments(
     )
 
     def __post_init__(self):
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("bpb", "perplexity")):
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LOWER_IS_BETTER):
             self.greater_is_better = False
         join_on_cpus(self)
         chosen = _check_optimizer(self.optim, self.optim_args)

@@ -1,5 +1,6 @@
 """Losses and log-likelihoods, exact for every batch size and every number of processes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..data.description import DataDescription, describe_data
-from ..data.units import BITS_PER_BYTE
+from ..data.units import BITS_PER_BYTE, BITS_PER_TOKEN, NUM_BYTES, PERPLEXITY, tokens_are_bytes
+from ..structure.modules import config_of
 from .processes import names_lost_processes
 
 
@@ -53,25 +55,44 @@ def predicted_items(labels: torch.Tensor, is_causal_lm: bool) -> int:
 
 @dataclass
 class Sums:
-    """What one process adds up over an evaluation: losses in nats, and the numbers of items that they are sums over."""
+    """What one process adds up over an evaluation: losses in nats, and the numbers of items that they are sums over.
+
+    Attributes:
+        loss: Of all items.
+        items: How many.
+        nll: Negative log-likelihoods of the predicted tokens.
+        predicted: How many tokens these are.
+        located: Of how many of them the data know the bytes.
+        num_bytes: The bytes behind those.
+    """
 
     loss: float = 0.0
     items: int = 0
     nll: float = 0.0
     predicted: int = 0
+    located: int = 0
+    num_bytes: int = 0
 
     def over_processes(self) -> "Sums":
         """The sums of all processes; those of tensor parallelism, which see the same data, leave the means as they are."""
         gathered = gather_object([self])
         return Sums(*(sum(getattr(part, name) for part in gathered) for name in vars(self)))
 
-    def means(self) -> dict[str, float]:
-        """The loss per item, and bits per predicted token; without items neither."""
+    def means(self, tokens_are_bytes: bool) -> dict[str, float]:
+        """The loss per item, and the quality of a language model; without items neither.
+
+        The quality is in bits per byte where tokens are bytes, or where the bytes behind every token are known, and in
+        bits per token elsewhere. Where tokens are not bytes the perplexity of a token joins it.
+        """
         means = {"loss": self.loss / self.items} if self.items else {}
         if self.predicted:
             from ..metrics.bits_per_byte.bits_per_byte import bits_per_byte  # `evaluate` is slow to import
 
-            means[BITS_PER_BYTE.key] = bits_per_byte(self.nll, self.predicted)
+            is_known = self.located == self.predicted and self.num_bytes > 0
+            unit = BITS_PER_BYTE if tokens_are_bytes or is_known else BITS_PER_TOKEN
+            means[unit.key] = bits_per_byte(self.nll, self.num_bytes if is_known else self.predicted)
+            if not tokens_are_bytes:
+                means[PERPLEXITY] = math.exp(min(self.nll / self.predicted, 700))  # short of the largest number
         return means
 
 
@@ -88,12 +109,18 @@ class EvaluatingTrainer(Trainer):
         self._sums = Sums()
         self.evaluated: dict[str, DataDescription] = {}  # the data behind each prefix of metrics
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), NUM_BYTES]))
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch; in evaluation the mean over its own items, not their share of those of all processes."""
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch if model.training else None)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Predict one batch, and add its loss and its log-likelihood to the sums of the evaluation."""
+        inputs = dict(inputs)
+        num_bytes = inputs.pop(NUM_BYTES, None)  # [B], nothing that a model reads
         scores_tokens = self._is_causal_lm and inputs.get("labels") is not None
         loss_only = prediction_loss_only and not scores_tokens
         loss, logits, labels = super().prediction_step(model, inputs, loss_only, ignore_keys)
@@ -105,6 +132,9 @@ class EvaluatingTrainer(Trainer):
             nll, predicted = token_nll(logits[0] if isinstance(logits, tuple) else logits, labels)
             self._sums.nll += nll[:own].sum(dtype=torch.float64).item()
             self._sums.predicted += int(predicted[:own].sum())
+            if num_bytes is not None:
+                self._sums.located += int(predicted[:own].sum())
+                self._sums.num_bytes += int(num_bytes[:own].sum())
         exact = loss
         if has_copies:  # every process predicts again, for the collectives of sharded models
             exact, *_ = super().prediction_step(model, _first(inputs, max(own, 1), size), True, ignore_keys)
@@ -129,11 +159,14 @@ class EvaluatingTrainer(Trainer):
 
     @names_lost_processes
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
-        """Evaluate; the loss is the mean over all items, and a causal language model gains `{metric_key_prefix}_bpb`."""
+        """Evaluate; the loss is the mean over all items, and the quality of a causal language model joins it, see `Sums`."""
         self._sums = Sums()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         self.evaluated[metric_key_prefix] = describe_data(getattr(dataloader, "dataset", None))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._sums.over_processes().means().items()}
+        model = self.accelerator.unwrap_model(self.model)
+        are_bytes = tokens_are_bytes(self.processing_class, getattr(config_of(model), "vocab_size", None))
+        means = self._sums.over_processes().means(are_bytes)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})
 
 

@@ -43,7 +43,9 @@ class ReZeroTrainer(
 
     - Weight decay applies to tensors with two or more dimensions, so never to residual weights, norms and biases.
     - Every evaluation of a causal language model gains `{prefix}_bpb`: the summed negative log-likelihood over
-      ln 2 and over the number of predicted tokens. With one token per byte that is bits per byte. No logits are kept.
+      ln 2 and over the bytes that were predicted, and for tokens that are no bytes `{prefix}_perplexity`, that of a token.
+      Bytes behind tokens come with the data, as `num_bytes` of a batch: `evaluation_windows` of `load_tokens` has it.
+      Where they are not known, the metric is `{prefix}_bits_per_token`. No logits are kept.
     - `{prefix}_bpb` and `{prefix}_loss` are exact for any batch size and number of processes, see `EvaluatingTrainer`.
     - A model whose `forward` knows `skip_logits` trains without them, on the loss in chunks; label smoothing and loss
       functions of the caller get the logits still.

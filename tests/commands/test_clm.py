@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.launch import SCRIPTS, run_command, run_script
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from hf_rezero.commands import clm as run_clm
 from hf_rezero.commands import generate
@@ -205,18 +204,3 @@ def test_a_run_without_a_purpose_is_refused(text, tmp_path):
 def test_arguments_that_nothing_would_read_are_refused(text, tmp_path, given, switch):
     with pytest.raises(ValueError, match=switch):
         run_clm.main(arguments(text, tmp_path / "run", **given))
-
-
-def test_a_checkpoint_that_reads_other_tokens_is_refused(text, tmp_path):
-    """Byte ids would be other tokens to it: 72 is "i" to GPT-2."""
-    tokens = Tokenizer(
-        models.BPE(vocab={chr(97 + i): i for i in range(26)} | {"ab": 26, "[UNK]": 27}, merges=[("a", "b")])
-    )
-    PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="[UNK]").save_pretrained(tmp_path / "gpt2")
-    config = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    words = arguments(text, tmp_path / "run", model_name_or_path=tmp_path / "gpt2")
-    shape = words.index("--config_overrides")
-    with pytest.raises(ValueError, match="28 tokens of .*, and this command reads bytes"):
-        run_clm.main(words[:shape] + words[shape + 2 :])
-    assert not (tmp_path / "run").exists()

@@ -17,6 +17,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from hf_rezero import byte_tokenizer, load_corpus
 from hf_rezero.data import collate_bytes, documents, evaluation_windows, load_tokens, train_bpe
 from hf_rezero.data import tokens as tokens_module
+from hf_rezero.data.masking import MaskedBytes
 from hf_rezero.data.windows import ByteDataset
 
 
@@ -222,3 +223,16 @@ def test_training_windows_of_tokens_are_those_of_bytes(bpe, tmp_path):
         ByteDataset(tokens.ids, 16, token_bytes=tokens.num_bytes[1:])
     with pytest.raises(ValueError, match="data is int64"):
         ByteDataset(tokens.ids.astype(np.int64), 16)
+
+
+def test_masks_leave_special_tokens_alone(bpe):
+    ids = np.tile(np.array([bpe.eos_token_id, 100, 270], np.uint16), 200)
+    windows = MaskedBytes(ids, 30, 0.5, fixed=True, tokenizer=bpe)
+    labels = torch.stack([windows[i]["labels"] for i in range(len(windows))])
+    original = torch.from_numpy(ids[: labels.numel()].astype(np.int64)).view_as(labels)
+    assert (labels[original == bpe.eos_token_id] == -100).all()
+    asked = labels != -100
+    assert 0.4 < asked[original != bpe.eos_token_id].float().mean() < 0.6
+    assert torch.equal(labels[asked], original[asked])
+    shown = torch.stack([windows[i]["input_ids"] for i in range(len(windows))])[asked]
+    assert 0.7 < (shown == bpe.mask_token_id).float().mean() < 0.9

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from support.launch import run_function
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, ReZeroForMaskedLM, ReZeroTrainer, ReZeroTrainingArguments
+from hf_rezero.data import evaluation_windows, train_bpe
 from hf_rezero.trainer.evaluation import Sums, predicted_items
 
 
@@ -31,8 +33,20 @@ def with_labels(labels):
     return [{**row, "labels": label} for row, label in zip(rows(len(labels)), labels, strict=True)]
 
 
+PROSE = "the rain in Spain falls mainly on the plain; " * 4
+BPE = train_bpe([PROSE], 290)
+IDS = np.array(BPE(PROSE).input_ids, np.uint16)
+WIDTHS = np.array([len(BPE.decode([token])) for token in IDS], np.uint8)
+TOKENS = list(evaluation_windows(IDS, 12, 5, WIDTHS))
+
 # name: model, data, options; on two processes with batches of 2 accelerate adds copies, to one of them or to both
 CASES = {
+    "gpt2, tokens": (lambda: GPT2LMHeadModel(GPT2Config(**GPT2 | {"vocab_size": 600})), TOKENS, {}),
+    "gpt2, tokens of unknown bytes": (
+        lambda: GPT2LMHeadModel(GPT2Config(**GPT2 | {"vocab_size": 600})),
+        [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in TOKENS],
+        {},
+    ),
     "causal": (lambda: ReZeroForCausalLM(ReZeroConfig(**SHAPE)), rows(7), {}),
     "causal, few": (lambda: ReZeroForCausalLM(ReZeroConfig(**SHAPE)), rows(1), {}),
     "causal, smoothed": (lambda: ReZeroForCausalLM(ReZeroConfig(**SHAPE)), rows(7), {"label_smoothing_factor": 0.1}),
@@ -102,6 +116,28 @@ def test_the_loss_is_the_mean_over_all_items_on_one_process_and_on_two(name, tmp
 def test_bits_per_byte_are_the_loss_in_bits(name, tmp_path, two_processes):
     for metrics in (make(name, tmp_path).evaluate(), two_processes[name]):
         assert metrics["eval_bpb"] == pytest.approx(metrics["eval_loss"] / math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2, tokens", "gpt2, tokens of unknown bytes"])
+def test_bits_per_byte_of_tokens_count_the_bytes_behind_them(name, tmp_path, two_processes):
+    nats = by_hand(name, tmp_path) * (len(IDS) - 1)
+    assert len(IDS) < WIDTHS.sum() == len(PROSE)
+    for metrics in (make(name, tmp_path).evaluate(), two_processes[name]):
+        if name == "gpt2, tokens":
+            assert metrics["eval_bpb"] == pytest.approx(nats / math.log(2) / (len(PROSE) - WIDTHS[0]), rel=1e-6)
+            assert "eval_bits_per_token" not in metrics
+        else:
+            assert metrics["eval_bits_per_token"] == pytest.approx(nats / math.log(2) / (len(IDS) - 1), rel=1e-6)
+            assert "eval_bpb" not in metrics
+        assert metrics["eval_perplexity"] == pytest.approx(math.exp(nats / (len(IDS) - 1)), rel=1e-5)
+
+
+def test_a_byte_model_and_a_model_of_bytes_as_tokens_have_the_same_bits_per_byte(tmp_path):
+    """Tokens of one byte each, once as bytes and once as tokens that happen to be bytes."""
+    trainer, text = make("gpt2", tmp_path), np.frombuffer(PROSE.encode(), np.uint8)
+    as_bytes = trainer.evaluate(list(evaluation_windows(text, 12, 5)))
+    as_tokens = trainer.evaluate(list(evaluation_windows(text, 12, 5, np.ones_like(text))))
+    assert as_tokens["eval_bpb"] == as_bytes["eval_bpb"] and "eval_perplexity" not in as_bytes
 
 
 def test_smoothing_changes_the_loss_and_not_the_bits(tmp_path):

@@ -18,6 +18,7 @@ OVERRIDDEN = {
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
     "_save": ["self", "output_dir", "state_dict"],
     "_save_checkpoint": ["self", "model", "trial"],
+    "_set_signature_columns_if_needed": ["self"],
 }
 
 
