@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import ClassLabel, Dataset, load_dataset
+from datasets import ClassLabel, Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import (
@@ -33,7 +33,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .. import ReZeroTrainer, ReZeroTrainingArguments
 from ..data.augmentation import Augmentation
+from ..data.download import MAX_CORPUS_BYTES
 from ..data.images import DecodedImages, ImageDataset, channel_statistics, collate_images, read_images
+from ..data.tables import load_table
 from ..models.image_processing_gray import GrayImageProcessorPil
 from . import summary
 from .entry import run_command
@@ -106,6 +108,9 @@ class DataArguments:
     contrast: float = field(default=0.0, metadata={"help": "Random factor within 1 +- this."})
     saturation: float = field(default=0.0, metadata={"help": "Random factor within 1 +- this."})
     random_rotation: float = field(default=0.0, metadata={"help": "Rotate by up to so many degrees."})
+    max_corpus_bytes: int = field(
+        default=MAX_CORPUS_BYTES, metadata={"help": "Refuse a --train_file whose images need more memory."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use so many training images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first so many for evaluation."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use the first so many test images."})
@@ -166,13 +171,13 @@ def load_parts(args: DataArguments, model_args: ModelArguments) -> tuple[dict[st
     if sum(map(bool, (args.dataset_name, args.train_file, folders))) != 1:
         raise ValueError("give exactly one of --dataset_name, --train_file, and folders such as --train_dir.")
     if args.train_file:
-        arrays = read_images(args.train_file)
+        arrays = read_images(args.train_file, args.max_corpus_bytes)
         return {part: Part(images, labels.astype(str)) for part, (images, labels) in arrays.items()}, None
     if folders:
         tables = {part: read_folder(folder, model_args.cache_dir) for part, folder in folders.items()}
     else:
         options: dict[str, Any] = {"cache_dir": model_args.cache_dir, "token": model_args.token}
-        tables = dict(load_dataset(str(args.dataset_name), args.dataset_config_name, **options))
+        tables = dict(load_table(str(args.dataset_name), args.dataset_config_name, **options))
     parts = {part: read_table(tables[part], part, args) for part in ("train", "validation", "test") if part in tables}
     if not parts:
         raise ValueError(
@@ -187,7 +192,7 @@ def read_folder(folder: str, cache_dir: str | None) -> Dataset:
     path = Path(folder)
     if not path.is_dir() or not any(file.suffix.lower() in Image.registered_extensions() for file in path.rglob("*")):
         raise ValueError(f"{folder} {'holds no images' if path.is_dir() else 'is not a folder'}: name one that does.")
-    return load_dataset("imagefolder", data_files={"train": str(path / "**")}, split="train", cache_dir=cache_dir)
+    return load_table("imagefolder", data_files={"train": str(path / "**")}, split="train", cache_dir=cache_dir)
 
 
 def read_table(table: Dataset, part: str, args: DataArguments) -> Part:

@@ -15,11 +15,11 @@ import csv
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import ClassLabel, Dataset
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
 from .. import ReZeroTrainer, ReZeroTrainingArguments
+from ..data.tables import load_table
 from . import summary
 from .entry import run_command
 from .running import (
@@ -125,7 +125,7 @@ def load_tables(args: DataArguments, cache_dir: str | None, token: str | None) -
         raise ValueError("give exactly one of --dataset_name and --train_file.")
     tables = {}
     if args.dataset_name:
-        tables |= load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=cache_dir, token=token)
+        tables |= load_table(args.dataset_name, args.dataset_config_name, cache_dir=cache_dir, token=token)
     files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
     tables |= {part: read_file(file, cache_dir) for part, file in files.items() if file}
     if "train" not in tables:
@@ -141,11 +141,7 @@ def read_file(path: str, cache_dir: str | None) -> Dataset:
     if kind not in READERS:
         raise ValueError(f"{path} is of type {kind}: use {', '.join(READERS)}, or one of these compressed.")
     reader, options = READERS[kind]
-    try:
-        return load_dataset(reader, data_files={"train": path}, split="train", cache_dir=cache_dir, **options)
-    except (DatasetGenerationError, ValueError) as error:
-        reason = error.__cause__ or error
-        raise ValueError(f"{path} is empty, or cannot be read as {kind}: {reason}") from error
+    return load_table(reader, data_files={"train": path}, split="train", cache_dir=cache_dir, **options)
 
 
 def check_columns(table: Dataset, part: str, args: DataArguments) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from transformers.debug_utils import DebugOption
 
+from ..data.addresses import shown
+
 
 def run_command(main: Callable[[list[str]], object]) -> None:
     """Call the `main` of a command with the arguments of the process.
@@ -51,10 +53,10 @@ def errors_of_users() -> tuple[type[Exception], ...]:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error, or its class where there is none, without line breaks.
+    """The message of an error, or its class where there is none, without line breaks and without secrets in addresses.
 
     Example:
         >>> one_line(ValueError("got 3 layers:\\n    expected 4"))
         'got 3 layers: expected 4'
     """
-    return " ".join(str(error).split()) or type(error).__name__
+    return shown(" ".join(str(error).split())) or type(error).__name__

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
 from ..data.corpora import Corpus, load_corpus
+from ..data.download import MAX_CORPUS_BYTES
 from ..data.tokens import Tokens, load_tokens
 from ..data.units import tokens_are_bytes
 from ..data.windows import ByteDataset, evaluation_windows
@@ -42,6 +44,10 @@ class DataArguments:
         default=None,
         metadata={"help": "Step between evaluation windows; every token is scored once. Default: half a window."},
     )
+    max_corpus_bytes: int = field(
+        default=MAX_CORPUS_BYTES,
+        metadata={"help": "Stop a download, and the unpacking of an archive, that is larger."},
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use so many training windows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many evaluation windows."})
     preprocessing_num_workers: int | None = field(
@@ -65,7 +71,8 @@ def load_text(args: DataArguments, model_args: ModelArguments) -> Corpus:
     """
     if args.dataset_name and args.train_file or not (args.dataset_name or args.train_file or args.validation_file):
         raise ValueError("give exactly one of --dataset_name and --train_file, or --validation_file alone.")
-    options = {"cache_dir": model_args.cache_dir, "text_column": args.text_column_name}
+    options: dict[str, Any] = {"cache_dir": model_args.cache_dir, "text_column": args.text_column_name}
+    options |= {"max_bytes": args.max_corpus_bytes}
     if args.dataset_name:
         corpus = load_corpus(args.dataset_name, config_name=args.dataset_config_name, **options)
     elif args.train_file:

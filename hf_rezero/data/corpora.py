@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..files import written_whole
-from .download import OPENERS, cache_key, decompressed, default_cache, download
+from .addresses import is_address, shown
+from .download import MAX_CORPUS_BYTES, OPENERS, cache_key, decompressed, default_cache, download
+from .tables import load_table
 
 
 ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
@@ -59,6 +61,7 @@ def load_corpus(
     config_name: str | None = None,
     text_column: str = "text",
     expected_md5: str | None = None,
+    max_bytes: int = MAX_CORPUS_BYTES,
 ) -> Corpus:
     """Opens a corpus as memory-mapped train, validation and test bytes.
 
@@ -88,9 +91,11 @@ def load_corpus(
         config_name: configuration of a Hub data set.
         text_column: the column of a data set that holds the text.
         expected_md5: md5 of all bytes (train, validation and test in this order) that the corpus must have.
+        max_bytes: where a download or an archive stops; a plain file, which is mapped, may have any size, and the
+            rows of a data set too.
 
     Raises:
-        ValueError: no such file or data set, an empty or corrupt file, an md5 or a split that is wrong.
+        ValueError: no such file or data set, an empty, corrupt or too large file, an md5 or a split that is wrong.
         ConnectionError: the download failed.
 
     Example:
@@ -101,9 +106,10 @@ def load_corpus(
     fractions = _exact_fractions(split)
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
     name = os.fspath(name_or_path)
-    source = _local_source(name, cache)
+    source = _local_source(name, cache, max_bytes)
+    name = shown(name)
     if source is not None and source.is_file() and source.suffix not in _TABLE_READERS:
-        parts, ends = {"train": _map(decompressed(source, cache))}, {}
+        parts, ends = {"train": _map(decompressed(source, cache, max_bytes))}, {}
     else:
         parts, ends = _table_parts(
             source or name, cache, config_name, text_column, cache / "datasets" if cache_dir else None
@@ -181,20 +187,20 @@ def _cut(
     return Corpus(name, parts["train"], parts["validation"], parts["test"], ends)
 
 
-def _local_source(name: str, cache: Path) -> Path | None:
+def _local_source(name: str, cache: Path, max_bytes: int) -> Path | None:
     """The file or directory that `name` stands for, fetched or built if need be; None for the name of a data set."""
     if name == "python-stdlib":
         return _stdlib_file(cache)
     if name == "enwik8":
-        return _enwik8_file(cache)
-    if name.startswith(("http://", "https://")):
-        return download(name, cache, "fetch it by hand and give the path of the file")
+        return _enwik8_file(cache, max_bytes)
+    if is_address(name):
+        return download(name, cache, "fetch it by hand and give the path of the file", max_bytes)
     path = Path(name).expanduser()
     if path.exists():
         return path
     known_suffix = path.suffix in {*OPENERS, *_TABLE_READERS, ".txt", ".bin"}
     if known_suffix or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ValueError(f"there is no file {name!r}: give an existing file, a URL or the name of a data set")
+        raise ValueError(f"there is no file {shown(name)!r}: give an existing file, a URL or the name of a data set")
     return None
 
 
@@ -223,26 +229,21 @@ def _text_or_nothing(content: bytes) -> bytes:
     return b"" if 0 in content else content
 
 
-def _enwik8_file(cache: Path) -> Path:
+def _enwik8_file(cache: Path, max_bytes: int) -> Path:
     for candidate in (Path("enwik8"), Path("enwik8.zip"), cache / "enwik8", cache / "enwik8.zip"):
         if candidate.is_file():
             return candidate
-    return download(ENWIK8_URL, cache, f"put enwik8 or enwik8.zip into {cache} by hand")
+    return download(ENWIK8_URL, cache, f"put enwik8 or enwik8.zip into {cache} by hand", max_bytes)
 
 
 def _table_parts(
     source: str | Path, cache: Path, config_name: str | None, text_column: str, datasets_cache: Path | None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    import datasets
-
     options: dict[str, Any] = {"cache_dir": datasets_cache and str(datasets_cache)}
-    try:
-        if isinstance(source, Path) and source.is_file():
-            tables = datasets.load_dataset(_TABLE_READERS[source.suffix], data_files=str(source), **options)
-        else:
-            tables = datasets.load_dataset(str(source), config_name, **options)
-    except Exception as error:
-        raise ValueError(f"{str(source)!r} is neither bytes nor a data set that can be loaded: {error}") from error
+    if isinstance(source, Path) and source.is_file():
+        tables = load_table(_TABLE_READERS[source.suffix], data_files={"train": str(source)}, **options)
+    else:
+        tables = load_table(str(source), config_name, **options)
     if "train" not in tables:
         raise ValueError(f"{str(source)!r} has the splits {', '.join(tables)}: one called train is needed")
 

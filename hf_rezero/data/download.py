@@ -1,23 +1,29 @@
 """Files of a corpus from elsewhere: downloads, archives, and the cache."""
 
+import base64
 import bz2
 import gzip
 import hashlib
 import http.client
 import lzma
 import os
-import shutil
+import re
+import struct
 import urllib.request
 import zipfile
 import zlib
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
+from typing import BinaryIO
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from ..files import written_whole
+from .addresses import shown
 
 
+MAX_CORPUS_BYTES = 2_000_000_000  # enwik9 twice; what is larger is unpacked by hand, or asked for
 _CHUNK = 1 << 20
+_PAGES = (b"<!doctype html", b"<html")
 
 
 def default_cache() -> Path:
@@ -28,29 +34,93 @@ def default_cache() -> Path:
     return Path(os.environ.get("HF_HOME", home)).expanduser() / "hf_rezero"
 
 
-def download(url: str, cache: Path, remedy: str) -> Path:
-    """The file behind an address, in the cache.
+def download(url: str, cache: Path, remedy: str, max_bytes: int = MAX_CORPUS_BYTES) -> Path:
+    """The file behind an address, in the cache; a user and a password in it are sent to its host alone.
+
+    Args:
+        url: An http(s) address.
+        cache: The folder of the cache.
+        remedy: What else to do, for the message of an error.
+        max_bytes: Where to stop.
 
     Raises:
-        ConnectionError: It cannot be fetched, or not whole; `remedy` says what else to do.
+        ConnectionError: It cannot be fetched, or not whole, or a page of HTML comes instead.
+        TooLargeError: It is larger than `max_bytes`.
     """
-    target = cache / f"download-{cache_key(url)}" / (PurePosixPath(urlsplit(url).path).name or "corpus")
+    name = shown(re.sub(r"\s", "%20", url))
+    target = cache / f"download-{cache_key(url)}" / _file_name(url)
     if target.is_file():
         return target
-    request = urllib.request.Request(url, headers={"User-Agent": "hf_rezero"})
     try:
-        with (
-            urllib.request.urlopen(request, timeout=60) as answer,
-            written_whole(target) as part,
-            part.open("xb") as out,
-        ):
-            shutil.copyfileobj(answer, out, _CHUNK)
-            announced = answer.headers["Content-Length"]
-            if announced is not None and out.tell() != int(announced):
-                raise OSError(f"{out.tell()} of {announced} bytes arrived")
+        with urllib.request.urlopen(_request(url), timeout=60) as answer:
+            announced = answer.length
+            check_size(announced or 0, max_bytes, name)
+            first = answer.read(_CHUNK)
+            if answer.headers.get_content_type() == "text/html" or first.lstrip().lower().startswith(_PAGES):
+                raise OSError("a page of HTML came instead of a file")
+            with written_whole(target) as part, part.open("xb") as out:
+                out.write(first)
+                copy_bounded(answer, out, max_bytes, name)
+                if announced is not None and out.tell() != announced:
+                    raise OSError(f"{out.tell()} of {announced} bytes arrived")
     except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(f"cannot download {url} ({error}): {remedy}") from error
+        # the cause may say the address in full
+        raise ConnectionError(f"cannot download {name} ({shown(error)}): {remedy}") from None
     return target
+
+
+def _file_name(url: str) -> str:
+    return PurePosixPath(urlsplit(url).path).name or "corpus"
+
+
+def _request(url: str) -> urllib.request.Request:
+    if re.search(r"[\x00-\x20\x7f]", url):
+        raise OSError("an address has no blanks: write %20")
+    address = urlsplit(url)
+    host = address.netloc.rpartition("@")[2]
+    request = urllib.request.Request(address._replace(netloc=host).geturl(), headers={"User-Agent": "hf_rezero"})
+    if address.username is not None:
+        # "unredirected": a host that the answer points to does not get it
+        request.add_unredirected_header("Authorization", f"Basic {_credentials(address)}")
+    return request
+
+
+def _credentials(address: SplitResult) -> str:
+    return base64.b64encode(f"{unquote(address.username or '')}:{unquote(address.password or '')}".encode()).decode()
+
+
+class TooLargeError(ValueError):
+    """A file holds more than was allowed."""
+
+
+def check_size(num_bytes: int, max_bytes: int, what: object) -> None:
+    """Refuse more bytes than are allowed.
+
+    Raises:
+        TooLargeError: There are more.
+
+    Example:
+        >>> check_size(5, 4, "a.xz")
+        Traceback (most recent call last):
+        ...
+        hf_rezero.data.download.TooLargeError: a.xz holds more than 4 bytes: if it is what you want, allow more with --max_corpus_bytes, or max_bytes in Python.
+    """
+    if num_bytes > max_bytes:
+        raise TooLargeError(
+            f"{what} holds more than {max_bytes} bytes: if it is what you want, allow more with --max_corpus_bytes, or "
+            f"max_bytes in Python."
+        )
+
+
+def copy_bounded(source: BinaryIO, out: BinaryIO, max_bytes: int, what: object) -> None:
+    """Copy the rest of a file behind what `out` holds, a megabyte at a time.
+
+    Raises:
+        TooLargeError: `out` would hold more than `max_bytes`.
+    """
+    while chunk := source.read(_CHUNK):
+        check_size(out.tell() + len(chunk), max_bytes, what)
+        out.write(chunk)
 
 
 @contextmanager
@@ -64,13 +134,21 @@ def _zip_member(path: Path):
 
 
 OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open, ".zip": _zip_member}
+# what the readers of archives raise for damaged ones; a full disk is an OSError too, with a number
+DAMAGES = (EOFError, OSError, RuntimeError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, struct.error)
 
 
-def decompressed(path: Path, cache: Path) -> Path:
+def decompressed(path: Path, cache: Path, max_bytes: int = MAX_CORPUS_BYTES) -> Path:
     """A plain file with the content of a compressed one, in the cache; other files as they are.
 
+    Args:
+        path: The file.
+        cache: The folder of the cache.
+        max_bytes: Where to stop.
+
     Raises:
-        ValueError: The file is damaged, or an archive of another kind.
+        ValueError: The file is damaged, an archive of another kind, or, as a `TooLargeError`, its content is larger than
+            `max_bytes`.
     """
     if path.suffix in {".zst", ".lz4", ".7z", ".rar", ".tar", ".tgz"}:
         raise ValueError(
@@ -84,8 +162,8 @@ def decompressed(path: Path, cache: Path) -> Path:
         return target
     try:
         with OPENERS[path.suffix](path) as source, written_whole(target) as part, part.open("xb") as out:
-            shutil.copyfileobj(source, out, _CHUNK)
-    except (EOFError, OSError, RuntimeError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
+            copy_bounded(source, out, max_bytes, path)
+    except DAMAGES as error:
         if getattr(error, "errno", None) is not None:  # a full disk or the like, not the file's fault
             raise
         raise ValueError(f"{path} is truncated or corrupt ({error}): delete it and fetch it again") from error

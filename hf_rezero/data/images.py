@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import datasets
 import numpy as np
@@ -17,22 +18,28 @@ from PIL import Image
 
 from .augmentation import STREAMS, Augmentation, to_floats, uniforms
 from .description import DescribedDataset
+from .download import DAMAGES, MAX_CORPUS_BYTES, TooLargeError, check_size
 
 
 Part = tuple[np.ndarray, np.ndarray]  # images uint8 [N, H, W, C], labels int64 [N]
 
 _IDX_PREFIXES = {"train": "train", "test": "t10k"}
 _MODES = {1: "L", 3: "RGB"}
+_CHUNK = 1 << 20
 
 
-def read_images(path: str | Path) -> dict[str, Part]:
+def read_images(path: str | Path, max_bytes: int = MAX_CORPUS_BYTES) -> dict[str, Part]:
     """Read the parts, `train` and `test`, of an `.npz` file or of a folder with MNIST's four IDX files.
 
     An `.npz` file holds `train_x`, `train_y`, `test_x` and `test_y`, images as `uint8 [N, H, W]` or `[N, H, W, C]`;
-    either part may be missing. IDX files are plain or `.gz`.
+    either part may be missing. IDX files are plain or `.gz`. Memory is at most what the arrays need.
+
+    Args:
+        path: The file, or the folder.
+        max_bytes: What the arrays of an `.npz` file together, or a file of a folder, may need; their headers tell.
 
     Raises:
-        ValueError: The path is neither, a file is damaged, or images and labels do not fit each other.
+        ValueError: The path is neither, a file is damaged or too large, or images and labels do not fit each other.
 
     Example:
         >>> import tempfile
@@ -44,21 +51,21 @@ def read_images(path: str | Path) -> dict[str, Part]:
     """
     path = Path(path)
     if path.is_dir():
-        parts = _read_idx_folder(path)
+        parts = _read_idx_folder(path, max_bytes)
     elif path.is_file() and path.suffix == ".npz":
-        parts = _read_npz(path)
+        parts = _read_npz(path, max_bytes)
     else:
         what = "is not an .npz file" if path.exists() else "does not exist"
         raise ValueError(f"{path} {what}: name an .npz file, or a folder with MNIST's IDX files.")
     return {part: _checked(*arrays, f"the {part} part of {path}") for part, arrays in parts.items()}
 
 
-def _read_idx_folder(folder: Path) -> dict[str, Part]:
+def _read_idx_folder(folder: Path, max_bytes: int) -> dict[str, Part]:
     parts = {}
     for part, prefix in _IDX_PREFIXES.items():
         files = [sorted(folder.glob(f"{prefix}-{kind}*")) for kind in ("images?idx3", "labels?idx1")]
         if all(files):
-            parts[part] = tuple(_read_idx(found[0]) for found in files)
+            parts[part] = tuple(_read_idx(found[0], max_bytes) for found in files)
     if not parts:
         raise ValueError(
             f"{folder} holds no pair of IDX files such as train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz: "
@@ -67,34 +74,59 @@ def _read_idx_folder(folder: Path) -> dict[str, Part]:
     return parts
 
 
-def _read_idx(path: Path) -> np.ndarray:
+def _read_idx(path: Path, max_bytes: int) -> np.ndarray:
     """The array of one file: 0, 0, 8 for uint8, the number of dimensions, their sizes big-endian, the values."""
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            start = file.read(4)
+            sizes = file.read(4 * start[3]) if len(start) == 4 else b""
+            if start[:3] != b"\0\0\x08" or len(sizes) < 4 * start[3]:
+                raise ValueError(
+                    f"{path} starts with {start.hex(' ')}: an IDX file of bytes starts with 00 00 08, and its sizes."
+                )
+            return _values(file, np.frombuffer(sizes, dtype=">u4").tolist(), path, max_bytes)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged or cut short ({error}): download it again.") from None
-    if content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
-        raise ValueError(f"{path} starts with {content[:4].hex(' ')}: an IDX file of bytes starts with 00 00 08.")
-    values = 4 + 4 * content[3]
-    shape = np.frombuffer(content[4:values], dtype=">u4").astype(int)
-    if len(content) - values != shape.prod():
-        raise ValueError(
-            f"{path} promises {shape.prod()} values and holds {len(content) - values}: download it again."
-        )
-    return np.frombuffer(content, dtype=np.uint8, offset=values).reshape(shape)
 
 
-def _read_npz(path: Path) -> dict[str, Part]:
+def _values(file: BinaryIO, shape: Sequence[int], path: Path, max_bytes: int) -> np.ndarray:
+    """As many bytes as the header promises, into memory that is touched only as far as there are any."""
+    promised = math.prod(shape)
+    check_size(promised, max_bytes, path)
+    values = np.empty(promised, np.uint8)
+    view, held = memoryview(values), 0
+    while count := file.readinto(view[held : held + _CHUNK]):
+        held += count
+    if held < promised or file.read(1):
+        more = "more" if held == promised else held
+        raise ValueError(f"{path} promises {promised} values and holds {more}: download it again.")
+    return values.reshape(shape)
+
+
+def _read_npz(path: Path, max_bytes: int) -> dict[str, Part]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name[-2:] in ("_x", "_y")}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as file:
+            names = [name for name in file.files if name[-2:] in ("_x", "_y")]
+            check_size(sum(_promised(archive, name) for name in names), max_bytes, path)
+            arrays = {name: file[name] for name in names}
+    except TooLargeError:
+        raise
+    except (*DAMAGES, ValueError, KeyError, SyntaxError) as error:
         raise ValueError(f"{path} is damaged or cut short ({error}): download it again.") from None
     parts = [part for part in ("train", "validation", "test") if f"{part}_x" in arrays and f"{part}_y" in arrays]
     if not parts:
         names = ", ".join(arrays) or "no such arrays"
         raise ValueError(f"{path} has {names}: train_x and train_y are needed, or test_x and test_y.")
     return {part: (arrays[f"{part}_x"], arrays[f"{part}_y"]) for part in parts}
+
+
+def _promised(archive: zipfile.ZipFile, name: str) -> int:
+    """The bytes of an array by its header, which numpy allocates before it reads."""
+    with archive.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    return math.prod(shape) * dtype.itemsize
 
 
 def _checked(images: np.ndarray, labels: np.ndarray, name: str) -> Part:
@@ -110,6 +142,10 @@ def _checked(images: np.ndarray, labels: np.ndarray, name: str) -> Part:
             f"one whole number for each image is needed."
         )
     return images, labels.astype(np.int64)
+
+
+# what PIL raises for damaged files, and for those that would fill the memory
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class DecodedImages:
@@ -149,7 +185,7 @@ class DecodedImages:
         height, width = self.size
         try:
             pictures = [image.convert(_MODES[self.channels]) for image in self.column[rows][self.name]]
-        except OSError as error:
+        except UNREADABLE as error:
             raise ValueError(f"{self._damaged(rows)} cannot be read as an image ({error}): remove it.") from None
         # what PIL does here is what the saved image processor does too
         pixels = [np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) for image in pictures]
@@ -161,7 +197,7 @@ class DecodedImages:
         for row in np.arange(len(self))[rows].tolist():
             try:
                 self.column[row][self.name].load()
-            except OSError:
+            except UNREADABLE:
                 return undecoded[row][self.name]["path"] or f"row {row}"
         return "one of the rows"
 

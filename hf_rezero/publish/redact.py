@@ -6,7 +6,8 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+
+from ..data.addresses import shown
 
 
 UNLISTED = re.compile(
@@ -84,13 +85,8 @@ def redact(text: str) -> str:
         'a=x.txt,b=***,c=https://example.org/x'
     """
     text = re.sub(r"\b(hf_|sk-|ghp_|github_pat_|glpat-|xox[bp]-)[A-Za-z0-9_.-]{16,}", "***", text)
-    text = re.sub(r"https?://[^\s,'\"]+", lambda found: _clean_address(found.group()), text)
+    text = shown(text)
     return "".join(_clean_part(part) for part in re.split(r"([=,\s\[\]{}'\"]+)", text))
-
-
-def _clean_address(url: str) -> str:
-    address = urlsplit(url)
-    return urlunsplit((address.scheme, address.netloc.rpartition("@")[2], address.path, "", ""))
 
 
 def _clean_part(part: str) -> str:
@@ -102,13 +98,13 @@ def _is_absolute(name: str) -> bool:
 
 
 def clean_name(name: str) -> str:
-    """A name of data or of a model; of a file only its last part.
+    """A name of data or of a model; of a file only its last part, of an address what may be shown.
 
     Example:
         >>> clean_name("/home/me/enwik8.xz"), clean_name("stanfordnlp/sst2"), clean_name("enwik8, first 4.15 MB")
         ('enwik8.xz', 'stanfordnlp/sst2', 'enwik8, first 4.15 MB')
     """
-    name = str(name)
+    name = shown(name)
     if _is_absolute(name) or name.startswith((".", "file://")) or Path(name).exists():
         return re.split(r"[\\/]", name.rstrip("\\/"))[-1]
     return name

@@ -10,7 +10,6 @@ import json
 import lzma
 import pickle
 import random
-import shutil
 import socket
 import subprocess
 import sys
@@ -125,7 +124,7 @@ def test_an_error_of_the_disk_is_not_blamed_on_the_file(tmp_path, cache, monkeyp
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shutil, "copyfileobj", full_disk)
+    monkeypatch.setattr(download, "copy_bounded", full_disk)
     with pytest.raises(OSError, match="No space left"):
         load_corpus(path, cache_dir=cache)
     assert not list(cache.iterdir())
@@ -409,7 +408,7 @@ def test_data_set_without_training_split(tmp_path, cache):
 
 def test_broken_table(tmp_path, cache):
     (tmp_path / "rows.jsonl").write_text("{not json")
-    with pytest.raises(ValueError, match="neither bytes nor a data set"):
+    with pytest.raises(ValueError, match="rows.jsonl is empty, or cannot be read as .jsonl: JSON parse error"):
         load_corpus(tmp_path / "rows.jsonl", cache_dir=cache)
 
 
