@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ from ..optim.registry import split_items
 from ..plots import plot_resweights, plot_training
 from ..structure.states import check_finite
 from ..trainer.arguments import ReZeroTrainingArguments
-from ..trainer.checkpoints import check_model_files, last_checkpoint
-from ..trainer.gradinit import state_file
+from ..trainer.checkpoints import check_model_files, resume_point
+from ..trainer.folder import check_unlocked, check_writable, locked
+from ..trainer.stopping import Interrupted, ended_by_signals
 
 
 @dataclass
@@ -337,26 +339,46 @@ def check_output_dir(args: ReZeroTrainingArguments) -> str | bool | None:
     """Refuse to overwrite an earlier run, and return what to resume from, if that was asked for.
 
     Raises:
-        ValueError: `output_dir` holds files and no resumption was asked for, or there is nothing to resume from.
+        ValueError: `output_dir` holds files and no resumption was asked for, there is nothing to resume from, another run
+            is in it, or it cannot be written to.
     """
     resume = args.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
-    if resume is True:
-        return last_checkpoint(args.output_dir, or_none=state_file(args.output_dir).exists()) or True
     folder = Path(args.output_dir)
-    if not resume and args.do_train and args.process_index == 0 and folder.is_dir() and any(folder.iterdir()):
+    if args.process_index == 0 and folder.is_dir():
+        check_unlocked(folder, args.take_over)
+    if resume is True:
+        resume = resume_point(folder) or True
+    elif not resume and args.do_train and args.process_index == 0 and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
             f"output_dir={args.output_dir} is not empty: choose another, remove it, "
             f"or go on with --resume_from_checkpoint true."
         )
+    if args.process_index == 0:
+        check_writable(folder)
     return resume or None
 
 
 def run_and_publish(
     trainer: Trainer, checkpoint: str | bool | None, predict: Callable[[], dict[str, float]], **card
 ) -> dict[str, float]:
-    """Train, evaluate, predict, and push or write the model card, for which `card` is, as the arguments ask."""
+    """Train, evaluate, predict, and push or write the model card, for which `card` is, as the arguments ask.
+
+    Raises:
+        Interrupted: A signal ended the run: in the training with a checkpoint, after it at once.
+        ValueError: Another run is in the folder.
+    """
+    args = trainer.args
+    with ended_by_signals(), nullcontext() if args.process_index else locked(args.output_dir, args.take_over):
+        try:
+            return _run_and_publish(trainer, checkpoint, predict, **card)
+        except Interrupted:  # on all processes
+            _leave_group(trainer)
+            raise
+
+
+def _run_and_publish(trainer: Trainer, checkpoint: str | bool | None, predict: Callable, **card) -> dict[str, float]:
     args, metrics = trainer.args, {}
     if args.do_train:
         train_and_save(trainer, checkpoint)

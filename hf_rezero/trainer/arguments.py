@@ -67,6 +67,17 @@ class ReZeroTrainingArguments(
         default=False,
         metadata={"help": "Resume from a checkpoint without optimizer or scheduler, which then start anew."},
     )
+    save_on_signal: bool = field(
+        default=True,
+        metadata={
+            "help": "At SIGTERM, SIGINT (Ctrl-C) and SIGHUP finish the step, save a checkpoint, and exit with status 143, "
+            "130 or 129."
+        },
+    )
+    take_over: bool = field(
+        default=False,
+        metadata={"help": "Use an output_dir whose lock is of a run on another machine, if that run has ended."},
+    )
     max_bad_steps: int = field(
         default=10,
         metadata={
@@ -83,8 +94,14 @@ class ReZeroTrainingArguments(
         join_on_cpus(self)
         chosen = _check_optimizer(self.optim, self.optim_args)
         self.optim = OptimizerNames.ADAMW_TORCH  # whatever the parent accepts
+        if self.save_on_signal:
+            self.enable_jit_checkpoint = False  # transformers' own, which knows SIGTERM alone, after 3 seconds
         super().__post_init__()
         self.optim = chosen
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError(
+                "got fp16 on a CPU, where no gradient scaler keeps small gradients: give --bf16 true, or none."
+            )
         if self.torch_compile:  # one layer, reused for all: 128 of them in seconds
             os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
 

@@ -21,6 +21,8 @@ MANIFEST, STATE = "manifest.json", "trainer_state.json"
 OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json", STATE)
 # sharded ones are folders; adapters may lie in folders of their own
 WEIGHTS = ("*.safetensors", "pytorch_model*", "adapter_model*", "*/adapter_model*", "global_step*")
+# what a run has written that has got further than to its first checkpoint
+FINISHED = (f"checkpoint-*/{MANIFEST}", "*.safetensors", "pytorch_model*", "*_results.json")
 # the states without which training goes on otherwise
 STATES = {
     "optimizer": ("optimizer*", "global_step*", "pytorch_model_fsdp*"),
@@ -54,6 +56,20 @@ def last_checkpoint(output_dir: str | os.PathLike, or_none: bool = False) -> str
         f"{''.join(f'; {reason}' for reason in reasons)}. Start without --resume_from_checkpoint, or name a checkpoint "
         f"folder."
     )
+
+
+def resume_point(output_dir: str | os.PathLike) -> str | None:
+    """The newest whole checkpoint; None in the folder of a run that ended before its first one, and so starts over.
+
+    Raises:
+        ValueError: There is none, and starting over would write over a checkpoint or a result.
+    """
+    folder = Path(output_dir)
+    begun = folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in FINISHED)
+    checkpoint = last_checkpoint(output_dir, or_none=begun)
+    if checkpoint is None:
+        logger.warning(f"{output_dir} holds no checkpoint yet, so the run starts over.")
+    return checkpoint
 
 
 def fault_of(checkpoint: Path) -> str | None:

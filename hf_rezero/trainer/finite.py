@@ -141,7 +141,7 @@ class FiniteTrainer(Trainer):
         folder = Path(self.args.output_dir)
         write_json(folder / f"{split}_results.json", _sorted(metrics | ({NOT_FINITE: bad} if bad else {})))
         if combined:
-            known = _readable(folder / "all_results.json")
+            known = readable(folder / "all_results.json")
             bad += [name for name in known.pop(NOT_FINITE, []) if name not in metrics]
             write_json(folder / "all_results.json", _sorted(known | metrics | ({NOT_FINITE: bad} if bad else {})))
 
@@ -154,7 +154,8 @@ def _sorted(values: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted(values.items()))
 
 
-def _readable(path: Path) -> dict[str, Any]:
+def readable(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; with a warning nothing, where it is damaged."""
     try:
         return read_json(path)
     except ValueError as error:

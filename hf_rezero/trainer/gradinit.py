@@ -22,6 +22,7 @@ from ..structure.kept import random_numbers_kept
 from .checkpoints import load_state
 from .finite import BATCH, NonFiniteError, save_batch
 from .flags import option, read_flags
+from .stopping import StoppableTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -79,7 +80,7 @@ def state_file(output_dir: str | os.PathLike) -> Path:
     return Path(output_dir, "gradinit", "state.pt")
 
 
-def run_gradinit(trainer: Trainer, config: GradInitConfig, resume: bool) -> GradInitReport:
+def run_gradinit(trainer: StoppableTrainer, config: GradInitConfig, resume: bool) -> GradInitReport:
     """Scale the weights of `trainer.model` in place, the same on every process, and write the report.
 
     The random numbers of the run are left as they were, so that training does not depend on how GradInit was reached.
@@ -90,6 +91,7 @@ def run_gradinit(trainer: Trainer, config: GradInitConfig, resume: bool) -> Grad
         resume: Go on from what an interrupted run has saved.
 
     Raises:
+        Interrupted: A signal asked the run to end; what was learned so far is saved.
         NonFiniteError: `max_bad_steps` batches in a row give infinity or NaN.
         ValueError: As `GradInit` and `OptimizerSpec.trial_step`, and if the initial weights are not those of the interrupted run.
     """
@@ -108,9 +110,12 @@ def run_gradinit(trainer: Trainer, config: GradInitConfig, resume: bool) -> Grad
         batches = islice(pairwise(_endless(trainer.get_train_dataloader())), done + left_out, None)
         for skipped in _steps(trainer, init, batches, config.num_steps, left_out):
             bar.update()
-            if len(init.history) in (config.num_steps, *range(0, config.num_steps, config.save_steps)):
+            asked = trainer.stop.is_asked()
+            if asked or len(init.history) in (config.num_steps, *range(0, config.num_steps, config.save_steps)):
                 state = {"gradinit": init.state_dict(), "norms": norms, "options": options, "skipped": skipped}
                 _save(trainer, state, path)
+            if asked:
+                trainer.stop.leave(f"step {len(init.history)} of {config.num_steps} of GradInit, which {path} holds")
     report = init.fold_()
     if trainer.is_world_process_zero():
         report.save(path.with_name("report.json"))
@@ -122,6 +127,7 @@ def _steps(trainer: Trainer, init: GradInit, batches: Iterator[tuple], num_steps
     """Take steps up to `num_steps`, and tell after each how many batches were left out, as what they gave was not finite.
 
     Raises:
+        Interrupted: A signal asked the run to end; what was learned so far is saved.
         NonFiniteError: `max_bad_steps` batches in a row were left out.
     """
     in_a_row = 0

@@ -3,8 +3,11 @@
 import copy
 import inspect
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -23,21 +26,29 @@ from ..optim.schedules import PiecewiseLinear, keep_constant
 from ..publish.card import is_generated, write_model_card
 from ..publish.record import as_list, record_run
 from ..structure.modules import config_of
-from .checkpoints import CheckedTrainer, check_checkpoint, last_checkpoint
+from .checkpoints import CheckedTrainer, check_checkpoint, resume_point
 from .distillation import DistillationConfig, DistillingTrainer
 from .evaluation import EvaluatingTrainer
-from .finite import FiniteTrainer
+from .finite import FiniteTrainer, readable
+from .folder import check_writable, locked
 from .gradinit import GradInitConfig, run_gradinit, state_file
 from .processes import names_lost_processes
 from .pruning import PruningConfig, PruningTrainer
 from .pushing import PushingTrainer
+from .stopping import StoppableTrainer
 
 
 logger = logging.get_logger(__name__)
 
 
 class ReZeroTrainer(
-    FiniteTrainer, CheckedTrainer, PushingTrainer, EvaluatingTrainer, DistillingTrainer, PruningTrainer
+    StoppableTrainer,
+    FiniteTrainer,
+    CheckedTrainer,
+    PushingTrainer,
+    EvaluatingTrainer,
+    DistillingTrainer,
+    PruningTrainer,
 ):
     """The `Trainer`, with right parameter groups, exact bits per byte, and the residual weights in its logs.
 
@@ -59,6 +70,8 @@ class ReZeroTrainer(
       files are in `output_dir/gradinit`.
     - `push_to_hub` publishes in one commit what loads without this library, never pickles, optimizer states or tokens.
     - A step whose gradient is not finite is left out, weights that are not finite are never saved, see `FiniteTrainer`.
+    - At SIGTERM, SIGINT and SIGHUP a run finishes its step, saves a checkpoint and ends, see `StoppableTrainer`. While it
+      runs, a lock keeps other runs out of its folder.
     - `pruning=PruningConfig(...)`, or `prune_method` of the arguments, learns masks in the middle of the run and then
       removes what they closed, heads and neurons, for the rest of it. It resumes in each phase, with the model as it
       was built or as a checkpoint has it. The report is `trainer.pruning_report`, the files are in
@@ -181,13 +194,24 @@ class ReZeroTrainer(
 
     @names_lost_processes
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train, after a look at the checkpoint to resume from; `True` means the last complete one.
+        """Train, after a look at the folder and at the checkpoint to resume from; `True` means the last complete one.
 
-        Before the first checkpoint, `True` goes on with an interrupted GradInit.
+        Before the first checkpoint, `True` goes on with an interrupted GradInit, or starts over.
+
+        Raises:
+            Interrupted: A signal asked the run to end, see `StoppableTrainer`.
+            ValueError: Another run is in the folder, it cannot be written to, or the checkpoint cannot be resumed from.
         """
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        with nullcontext() if self.args.process_index else locked(self.args.output_dir, self.args.take_over):
+            if not self.args.process_index:
+                check_writable(self.args.output_dir, weights)
+            return self.stoppable(partial(self._train, resume_from_checkpoint, **kwargs))
+
+    def _train(self, resume_from_checkpoint: str | bool | None, **kwargs):
         interrupted = resume_from_checkpoint is True and state_file(self.args.output_dir).exists()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir, or_none=interrupted)
+            resume_from_checkpoint = resume_point(self.args.output_dir)
         if resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.args.resume_weights_only)
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, "trainer_state.json")))
@@ -211,8 +235,11 @@ class ReZeroTrainer(
         """Load a finished run: `Trainer.train` would take one step more than it was asked for."""
         self._load_from_checkpoint(checkpoint)
         self.state = state
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {})
+        loss = mean_of_logged(state.log_history)
+        # a run that was killed after its last checkpoint has saved no metrics
+        saved = "train_loss" in readable(Path(self.args.output_dir, "all_results.json"))
+        metrics = {"train_loss": loss, "epoch": state.epoch, "total_flos": state.total_flos}
+        return TrainOutput(state.global_step, loss, {} if saved else metrics)
 
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
         """One forward and backward pass, without the logits where the model can do without."""
@@ -250,6 +277,18 @@ class ReZeroTrainer(
         self.model.config.use_cache = self._saved_use_cache
         super().save_model(output_dir, _internal_call)
         self.model.config.use_cache = self.args.use_cache
+
+
+def mean_of_logged(log: Sequence[dict]) -> float:
+    """The mean loss of the steps of a run, each logged loss being that of the steps since the one before.
+
+    Example:
+        >>> mean_of_logged([{"step": 1, "loss": 5.0}, {"step": 2, "eval_loss": 9.0}, {"step": 4, "loss": 1.0}])
+        2.0
+    """
+    logged = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    steps = [now - before for (before, _), (now, _) in pairwise([(0, 0.0), *logged])]
+    return sum(n * loss for n, (_, loss) in zip(steps, logged, strict=True)) / sum(steps) if logged else math.nan
 
 
 def _gradinit_metrics(report: GradInitReport) -> dict:
