@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from common.curves import STRIDE
 from common.record import once, read_json, write_json
 from hf_rezero import grow_, load_corpus, param_groups
+from hf_rezero.data.units import NUM_BYTES
 from hf_rezero.data.windows import ByteDataset, collate_bytes, evaluation_windows
 from hf_rezero.files import written_whole
 
@@ -170,21 +171,26 @@ def row_batches(args: argparse.Namespace, steps: int, seed: int):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, args: argparse.Namespace) -> float:
-    """Bits per byte of windows from all over the test text, each byte but the first ones behind half a block."""
+    """Bits per byte of windows from all over the test text, each byte but the first ones behind half a block.
+
+    Of windows that a claim gives as `args.scored`, of tokens maybe, all are scored.
+    """
     model.eval()
-    windows = evaluation_windows(args.corpus.test, args.block_size, args.block_size // 2)
-    count = min(args.windows, len(windows))
+    scored = getattr(args, "scored", None)
+    windows = scored or evaluation_windows(args.corpus.test, args.block_size, args.block_size // 2)
+    count = len(windows) if scored else min(args.windows, len(windows))
     return bits_per_byte(lambda batch: forward(model, batch, args).loss, windows, count, math.ceil(count / 64))
 
 
 def bits_per_byte(loss: Callable[[dict], torch.Tensor], windows: ByteDataset, count: int, parts: int) -> float:
-    """The loss of `count` windows from all over a text, in some batches, each weighted by the bytes it scores."""
-    total = scored = 0
+    """The loss of `count` windows from all over a text, in some batches, each weighted by what it scores, by its bytes."""
+    total = num_bytes = 0
     for rows in np.array_split(np.linspace(0, len(windows) - 1, count, dtype=int), parts):
         batch = collate_bytes(windows.__getitems__(rows))
         weight = int((batch["labels"] != -100).sum())
-        total, scored = total + loss(batch).item() * weight, scored + weight
-    return total / scored / math.log(2)
+        num_bytes += int(batch.pop(NUM_BYTES).sum()) if NUM_BYTES in batch else weight
+        total += loss(batch).item() * weight
+    return total / num_bytes / math.log(2)
 
 
 def load_text(args: argparse.Namespace) -> None:
@@ -207,7 +213,7 @@ def run_grid(
     """
     load_text(args)
     results = read_json(args.output) or {"runs": {}, "best": {}}
-    hidden = ("corpus", "dataset", "output", "figure", "train_file", "key", "rates_of")
+    hidden = ("corpus", "dataset", "scored", "output", "figure", "train_file", "key", "rates_of")
     results["settings"] = {name: value for name, value in vars(args).items() if name not in hidden}
     results["settings"]["corpus"] = Path(args.train_file).name
 
