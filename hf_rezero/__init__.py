@@ -3,6 +3,7 @@
 Where to start:
 
     a model          ReZeroForCausalLM(ReZeroConfig(num_hidden_layers=64)); load_corpus for bytes to train it on
+    stock models     rezero_(model): residual weights in place of the norms of any transformer
     your own blocks  ReZero(module), the residual connection x + resweight * module(x); RZTXEncoderLayer
     train            ReZeroTrainer with ReZeroTrainingArguments, or a loop of your own
     start            gradinit_(model, batches, eta=learning_rate) learns initial scales; metainit_ needs no data
@@ -56,7 +57,8 @@ from .models.rezero_resnet.configuration_rezero_resnet import ReZeroResNetConfig
 from .models.rezero_resnet.modeling_rezero_resnet import ReZeroResNetForImageClassification, ReZeroResNetModel
 from .moved import find_moved_modules
 from .optim import LAMB, LARS, Muon, RAdam, Ranger, RangerLARS, centralize_gradients, lookahead, param_groups
-from .rewrite import fold_resweight_, grow_, layout_
+from .rewrite import fold_resweight_, grow_, layout_, rezero_
+from .rewrite.modeling_rewritten import MODEL_TYPE, RewrittenConfig
 
 
 if TYPE_CHECKING:
@@ -96,6 +98,7 @@ for auto_class, model_class in (
 ):
     auto_class.register(model_class.config_class, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class.__name__)
+AutoConfig.register(MODEL_TYPE, RewrittenConfig, exist_ok=True)
 GrayImageProcessorPil.register_for_auto_class("AutoImageProcessor")
 AutoImageProcessor.register(ReZeroMLPConfig, image_processor_classes={"pil": GrayImageProcessorPil}, exist_ok=True)
 
@@ -137,4 +140,5 @@ __all__ = [
     "lookahead",
     "metainit_",
     "param_groups",
+    "rezero_",
 ]

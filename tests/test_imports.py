@@ -30,8 +30,8 @@ RULES = {
     "metrics": ({"evaluate", "datasets", "gradio"}, set()),
     "optim": ({"torch", "numpy"}, {"structure", "files"}),
     "initialization": ({"torch", "numpy", "tqdm"}, {"optim", "structure", "files", "notebook", "picture", "plots"}),
-    "pruning": ({"torch", "numpy", "safetensors"}, {"structure", "files", "notebook", "picture", "plots"}),
-    "rewrite": ({"torch", "numpy"}, {"structure", "files"}),
+    "pruning": ({"torch", "numpy", "safetensors"}, {"rewrite", "structure", "files", "notebook", "picture", "plots"}),
+    "rewrite": ({"torch", "numpy", "transformers"}, {"structure", "files"}),
     "diagnostics": ({"torch", "numpy"}, {"structure", "files", "notebook", "picture", "plots"}),
     "data": ({"torch", "numpy", "datasets", "PIL", "tokenizers", "transformers", "tqdm"}, {"files"}),
     "publish": (
@@ -114,6 +114,11 @@ def test_a_file_of_the_hub_imports_only_torch_transformers_and_its_own_configura
         assert module.split(".")[0] in {"torch", "transformers", *sys.stdlib_module_names} or is_own, module
 
 
+def test_the_file_of_rewritten_models_imports_only_torch_and_transformers():
+    for module in imported_modules(PACKAGE / "rewrite" / "modeling_rewritten.py"):
+        assert module.split(".")[0] in {"torch", "transformers", *sys.stdlib_module_names}, module
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE.parent / "scripts").glob("*.py")), ids=lambda p: p.name)
 def test_scripts_use_no_private_name(path):
     for node in ast.walk(ast.parse(path.read_text())):
@@ -160,6 +165,7 @@ def test_public_names_are_pinned():
         "lookahead",
         "metainit_",
         "param_groups",
+        "rezero_",
     ]
     assert all(hasattr(hf_rezero, name) for name in hf_rezero.__all__)
 
@@ -184,7 +190,7 @@ def test_a_module_that_has_moved_is_found_under_its_old_name(old):
 
 def test_help_says_where_to_start_and_names_only_what_exists():
     table = re.findall(r"^    [\w ]{17}(.+)$", inspect.getdoc(hf_rezero).partition("Example:")[0], re.MULTILINE)
-    assert len(table) == 9
+    assert len(table) == 10
     for line in table:
         module = hf_rezero
         if found := re.match(r"(hf_rezero\.\w+): (.+)", line):

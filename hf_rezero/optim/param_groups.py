@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ..structure.modules import is_conv1d
 from ..structure.parameters import decays, is_resweight
 
 
@@ -18,7 +19,7 @@ def output_dims(model: nn.Module) -> dict[nn.Parameter, int]:
     """
     dims = {}
     for module in model.modules():
-        if isinstance(module, nn.modules.conv._ConvTransposeNd) or type(module).__name__ == "Conv1D":
+        if isinstance(module, nn.modules.conv._ConvTransposeNd) or is_conv1d(module):
             dims[module.weight] = 1
         elif isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
             dims[module.weight] = 0

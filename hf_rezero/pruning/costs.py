@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..structure.modules import output_dim
+from ..structure.modules import is_conv1d, output_dim
 from .activations import output_of
 
 
@@ -72,7 +72,7 @@ def _synchronize(tensor: torch.Tensor) -> None:
 
 def _weighted(model: nn.Module):
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or type(module).__name__ == "Conv1D":
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or is_conv1d(module):
             yield name, module
 
 

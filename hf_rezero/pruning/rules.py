@@ -8,7 +8,16 @@ from torch import nn
 
 from ..structure.architectures import ARCHITECTURES, HEAD_ATTRIBUTES
 from ..structure.cuts import Cut, columns, rows
-from ..structure.modules import BATCH_NORM, can_lack_sublayers, child, config_of, is_linear, join, output_dim
+from ..structure.modules import (
+    BATCH_NORM,
+    can_lack_sublayers,
+    child,
+    config_of,
+    is_conv1d,
+    is_linear,
+    join,
+    output_dim,
+)
 from ..structure.parameters import check_plain
 from ..structure.residual import is_residual, residual_stacks, stacks
 from .groups import PruningGroup
@@ -99,7 +108,7 @@ def _heads(model: nn.Module) -> Iterator[PruningGroup]:
 def _is_fused(module: nn.Module, names: Sequence[str]) -> bool:
     """Whether the module is a self-attention with the fused projection of GPT-2, a `Conv1D`."""
     is_cross = getattr(module, "is_cross_attention", False)
-    return bool(names) and type(child(module, names[0])).__name__ == "Conv1D" and not is_cross
+    return bool(names) and is_conv1d(child(module, names[0])) and not is_cross
 
 
 def _separate_heads(name: str, module: nn.Module, names: Sequence[str]) -> PruningGroup:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..rewrite.record import write_record
 from ..structure.cuts import Cut
-from ..structure.modules import BATCH_NORM, can_lack_sublayers, config_of, provenance_of
+from ..structure.modules import BATCH_NORM, can_lack_sublayers, config_of, is_conv1d, provenance_of
 from ..structure.residual import renumber_layers, write_config
 from .activations import output_of
 from .groups import PruningGroup
@@ -251,7 +252,7 @@ def _adjust_modules(model, by_name, kept, parts) -> None:
             module.num_features = len(module.running_mean)
         elif isinstance(module, nn.Embedding):
             module.embedding_dim = weight.shape[1]
-        elif type(module).__name__ == "Conv1D":
+        elif is_conv1d(module):
             module.nx, module.nf = weight.shape
 
 
@@ -297,6 +298,7 @@ def _write_config(model: nn.Module, report: PruningReport, left: Mapping[str, li
         return
     write_config(model, len(next(iter(left.values()))) if left else None)
     config.pruning = provenance
+    write_record(model)
 
 
 def _compose(before: Mapping[str, str], report: PruningReport, left: Mapping[str, list[int]]) -> dict[str, str]:

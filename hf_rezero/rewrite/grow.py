@@ -9,6 +9,7 @@ from torch import nn
 from ..structure.parameters import check_plain
 from ..structure.reset import reinitialize_
 from ..structure.residual import renumber_layers, residual_stacks, write_config
+from .record import write_record
 
 
 # what ends a branch, and starts at 0 in a model whose residual weights are frozen
@@ -140,3 +141,4 @@ def _replace(model: nn.Module, name: str, layers: list[nn.Module]) -> None:
     stack.extend(layers)
     renumber_layers(model, stack)
     write_config(model, len(layers))
+    write_record(model)

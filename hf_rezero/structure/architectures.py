@@ -73,7 +73,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
         ),
         embeddings=("embed_tokens",),
-        final_norms=("model.norm",),
+        final_norms=("norm",),
     ),
     "GPT-2": Architecture(
         fused_attention=("c_attn", "c_proj"),

@@ -16,9 +16,14 @@ def child(module: nn.Module, name: str) -> nn.Module | None:
     return found
 
 
+def is_conv1d(module: nn.Module | None) -> bool:
+    """Whether a module is the `Conv1D` of transformers or made from it."""
+    return any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+
+
 def output_dim(module: nn.Module) -> int:
     """The dimension of the weight that counts the outputs; `Conv1D` of transformers has inputs first."""
-    return 1 if type(module).__name__ == "Conv1D" else 0
+    return 1 if is_conv1d(module) else 0
 
 
 def join(*parts: str) -> str:
@@ -28,7 +33,7 @@ def join(*parts: str) -> str:
 
 def is_linear(module: nn.Module | None) -> bool:
     """Whether a module is a linear layer, of torch or the `Conv1D` of transformers."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def config_of(model: nn.Module) -> Any:
