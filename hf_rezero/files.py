@@ -1,20 +1,29 @@
 """Files that are written whole or not at all, and JSON."""
 
+import hashlib
 import json
 import math
 import os
+import platform
+import re
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+
+_TEMPORARY = re.compile(r"\.(?:([0-9a-f]{12})-(\d+)-[0-9a-f]{12}|[0-9a-f]{32})\.tmp$")  # without a process in 0.1.0
+_DAY = 24 * 60 * 60
 
 
 @contextmanager
 def written_whole(target: str | os.PathLike) -> Iterator[Path]:
     """A path to write, which takes the place of `target` when the block ends; an error leaves `target` as it was.
 
-    Several processes may write the same file at a time.
+    Several processes may write the same file at a time. What killed ones have left in the folder is removed.
 
     Example:
         >>> import tempfile
@@ -26,12 +35,48 @@ def written_whole(target: str | os.PathLike) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+    remove_orphans(target.parent)
+    temporary = target.with_name(f"{target.name}.{_place()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.tmp")
     try:
         yield temporary
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_orphans(folder: Path) -> None:
+    """Remove the temporary files in a folder that nobody writes any more.
+
+    That is so where the process that made one is gone, as this machine can tell of its own, and where nothing was
+    written for a day.
+    """
+    for path in folder.glob("*.tmp"):
+        found = _TEMPORARY.search(path.name)
+        with suppress(OSError):  # another process may have removed it, or may have to
+            if found and (_is_gone(*found.groups()) or time.time() - path.stat().st_mtime > _DAY):
+                path.unlink()
+
+
+@cache
+def _place() -> str:
+    """What has process numbers of its own: a machine since its start, and a container there."""
+    parts = [platform.node()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
+
+
+def _is_gone(place: str | None, process: str | None) -> bool:
+    if process is None or place != _place() or os.name != "posix":  # elsewhere a signal 0 is not harmless
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -63,7 +108,7 @@ def read_json(path: Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, or let the run write it again.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {str(content)[:40]}, not an object: remove it, or let the run write it again.")

@@ -63,7 +63,8 @@ class PruningReport:
     def from_dict(cls, saved: Mapping) -> "PruningReport":
         """Read what `to_dict` gave, now or in an earlier release."""
         known = {f.name: saved[f.name] for f in fields(cls) if f.name in saved}
-        return cls(**known | {"kept": {name: from_ranges(ranges) for name, ranges in saved["kept"].items()}})
+        kept = {name: from_ranges(ranges, at_most=saved["units"][name][1]) for name, ranges in saved["kept"].items()}
+        return cls(**known | {"kept": kept})
 
     def take_quality(self, results: Mapping[str, float], metric: str) -> None:
         """Note the quality at each stage from the results of the run."""
@@ -176,7 +177,31 @@ def to_ranges(indices: Sequence[int]) -> str:
     return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)
 
 
-def from_ranges(text: str) -> list[int]:
-    """The numbers that `to_ranges` has written."""
-    runs = [part.partition("-") for part in text.split(",") if part]
-    return [index for a, _, b in runs for index in range(int(a), int(b or a) + 1)]
+def from_ranges(text: str, at_most: int) -> list[int]:
+    """The numbers that `to_ranges` has written.
+
+    Args:
+        text: Runs of numbers, from a file.
+        at_most: How many there can be.
+
+    Raises:
+        ValueError: It is not of this form, or holds more numbers.
+
+    Example:
+        >>> from_ranges("0-2,7", at_most=8)
+        [0, 1, 2, 7]
+        >>> from_ranges("0-99999999999", at_most=8)
+        Traceback (most recent call last):
+        ...
+        ValueError: got the kept units '0-99999999999' of 8: expected numbers and runs of them, such as 0-2,7.
+    """
+    try:
+        pairs = [part.partition("-") for part in text.split(",") if part]
+        runs = [range(int(a), int(b or a) + 1) for a, _, b in pairs]
+    except (AttributeError, ValueError):
+        runs = None
+    if runs is None or sum(max(0, run.stop - run.start) for run in runs) > at_most:
+        raise ValueError(
+            f"got the kept units {text!r:.80} of {at_most}: expected numbers and runs of them, such as 0-2,7."
+        )
+    return [index for run in runs for index in run]

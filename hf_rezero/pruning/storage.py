@@ -1,6 +1,5 @@
 """Saving pruned models whose shapes no config can express, and loading them by repeating the surgery."""
 
-import json
 from os import PathLike
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_model
 from torch import nn
 
-from ..files import write_json, written_whole
+from ..files import read_json, write_json, written_whole
 from ..structure.modules import config_of, provenance_of
 from ..structure.states import check_tensors
 from .masks import masks_of
@@ -82,22 +81,22 @@ def read_provenance(folder: str | PathLike) -> dict:
         ValueError: There is no pruned model.
     """
     own, config = Path(folder, "pruning.json"), Path(folder, "config.json")
-    if own.exists():
-        provenance = json.loads(own.read_text())
-    else:
-        provenance = json.loads(config.read_text()).get("pruning") if config.exists() else None
+    provenance = read_json(own) if own.exists() else read_json(config).get("pruning")
     if not provenance:
         raise ValueError(f"{folder} holds no pruned model: expected what save_pruned wrote.")
+    if not (isinstance(provenance, dict) and isinstance(provenance.get("kept"), dict)):
+        raise ValueError(f"{folder} says {provenance!r:.80} of its pruning: expected the kept units by group.")
     return provenance
 
 
 def replay_(model: nn.Module, provenance: dict) -> None:
     """Remove from a model that was just built what was removed from the saved one, layers first."""
-    kept = {name: from_ranges(ranges) for name, ranges in provenance["kept"].items()}
+    ranges = provenance["kept"]
     holder, attribute = (model, "pruned") if config_of(model) is None else (model.config, "pruning")
     setattr(holder, attribute, None)
     for targets in (("layers",), ("sublayers",), tuple(t for t in TARGETS if t not in ("layers", "sublayers"))):
-        groups = [group for found in search(model, targets).values() for group in found if group.name in kept]
+        groups = [group for found in search(model, targets).values() for group in found if group.name in ranges]
+        kept = {group.name: from_ranges(ranges[group.name], at_most=group.num_units) for group in groups}
         # a config may have said already how many layers there are
         larger = [group for group in groups if len(kept[group.name]) < group.num_units]
         if larger:

@@ -306,7 +306,7 @@ def _compose(before: Mapping[str, str], report: PruningReport, left: Mapping[str
     kept = dict(before)
     for name, indices in report.kept.items():
         if name in before:
-            originals = from_ranges(before[name])
+            originals = from_ranges(before[name], at_most=report.units[name][1])
             indices = [originals[i] for i in indices]
         kept[name] = to_ranges(indices)
     renamed = {_rename(name, left): ranges for name, ranges in kept.items()}
