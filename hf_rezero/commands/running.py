@@ -1,6 +1,5 @@
 """What the command-line scripts share: arguments from a file, the model to train, and what a finished run leaves."""
 
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +39,7 @@ from ..trainer.arguments import ReZeroTrainingArguments
 from ..trainer.checkpoints import check_model_files, resume_point
 from ..trainer.folder import check_unlocked, check_writable, locked
 from ..trainer.stopping import Interrupted, ended_by_signals
+from .argument_file import read_argument_file
 
 
 @dataclass
@@ -80,7 +80,7 @@ def parse_arguments(dataclass_types: Sequence[type], description: str, argv: Seq
     """Parse the command line, with a YAML or JSON file as first argument for the values that it does not give.
 
     Raises:
-        ValueError: The file names an argument that does not exist.
+        ValueError: Of the file, whatever `read_argument_file` refuses; a number that is NaN.
 
     Example:
         >>> from hf_rezero.trainer import ReZeroTrainingArguments
@@ -91,27 +91,20 @@ def parse_arguments(dataclass_types: Sequence[type], description: str, argv: Seq
     parser = HfArgumentParser(dataclass_types, description=description)
     parser.usage = "%(prog)s [config.yaml | config.json] [--argument value ...]"
     if argv and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
-        parser.set_defaults(**_read_config_file(Path(argv.pop(0)), {action.dest for action in parser._actions}))
-    return parser.parse_args_into_dataclasses(argv)
+        # of a flag with a negative, such as --no_use_cache, the one that takes a value
+        actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+        parser.set_defaults(**read_argument_file(Path(argv.pop(0)), actions))
+    parsed = parser.parse_args_into_dataclasses(argv)
+    _refuse_nan(parsed)
+    return parsed
 
 
-def _read_config_file(path: Path, known: set[str]) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: name a YAML or JSON file of arguments first, or none.")
-    # argparse converts text by the type of the argument, which YAML does not know: 1e-3 is a string to it
-    values = {
-        key: v if isinstance(v, bool) else _text(v) for key, v in (yaml.safe_load(path.read_text()) or {}).items()
-    }
-    unknown = sorted(values.keys() - known)
-    if unknown:
-        raise ValueError(f"{path} has unknown arguments {', '.join(unknown)}: see --help for the names.")
-    return values
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, dict):
-        return json.dumps(value)
-    return value if isinstance(value, list) or value is None else str(value)
+def _refuse_nan(parsed: Sequence[Any]) -> None:
+    """Refuse what the command line reads as a number and what is none."""
+    for arguments in parsed:
+        for name, value in vars(arguments).items():
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"got --{name} {value}: expected a number.")
 
 
 def check_files_of(name: str) -> None:
