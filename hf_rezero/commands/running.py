@@ -420,11 +420,11 @@ def evaluate_and_save(trainer: Trainer, dataset, split: str) -> dict[str, float]
 def _draw(trainer: Trainer) -> None:
     """Drawn anew after an evaluation, which adds its point to the curve."""
     log = trainer.state.log_history
+    profile = resweight_profile(trainer.accelerator.unwrap_model(trainer.model))  # of all processes, if it is sharded
     if not trainer.is_world_process_zero():
         return
     if any("loss" in entry or "train_loss" in entry for entry in log):
         plot_training(log, Path(trainer.args.output_dir, "training.png"))
-    profile = resweight_profile(trainer.accelerator.unwrap_model(trainer.model))
     if profile and trainer.args.do_train:
         plot_resweights(profile, Path(trainer.args.output_dir, "resweights.png"))
 

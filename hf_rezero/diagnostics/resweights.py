@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import nn
 
-from ..structure.parameters import is_resweight
+from ..structure.parameters import is_resweight, whole
 
 
 __all__ = ["blocked_branches", "warn_of_blocked_branches"]
@@ -39,12 +39,12 @@ def blocked_branches(model: nn.Module) -> dict[str, str]:
     blocked = {}
     for name, resweight in model.named_parameters():
         # adapter libraries keep the frozen original beside a copy that they train and use
-        if not is_resweight(name) or ".original_module." in name or resweight.any():
+        if not is_resweight(name) or ".original_module." in name or whole(resweight).any():
             continue
         branch = [(n, p) for n, p in _branch(model, name).named_parameters() if not n.endswith("resweight")]
         if not resweight.requires_grad and any(p.requires_grad for _, p in branch):
             blocked[name] = FROZEN
-        elif _got_no_gradient(resweight) and any(not n.endswith("bias") and not p.any() for n, p in branch):
+        elif _got_no_gradient(resweight) and any(not n.endswith("bias") and not whole(p).any() for n, p in branch):
             # a zero gradient alone can also come from a zero-initialised head, and that one passes
             blocked[name] = ZERO_BRANCH
     return blocked
@@ -66,7 +66,7 @@ def warn_of_blocked_branches(model: nn.Module) -> None:
 
 def _got_no_gradient(parameter: nn.Parameter) -> bool:
     # no gradient at all says nothing: there was no backward pass yet, or it is kept elsewhere
-    return parameter.requires_grad and parameter.grad is not None and not parameter.grad.any()
+    return parameter.requires_grad and parameter.grad is not None and not whole(parameter.grad).any()
 
 
 def _branch(model: nn.Module, name: str) -> nn.Module:
@@ -85,6 +85,8 @@ def _branch(model: nn.Module, name: str) -> nn.Module:
 def resweight_profile(model: nn.Module) -> dict[str, float]:
     """The residual weights of a model by parameter name, in the order of depth; empty where it has none.
 
+    Where the model is sharded, every process must call this.
+
     Example:
         >>> import torch
         >>> from hf_rezero import ReZero
@@ -92,4 +94,4 @@ def resweight_profile(model: nn.Module) -> dict[str, float]:
         >>> resweight_profile(torch.nn.Sequential(ReZero(torch.nn.Linear(2, 2)), ReZero(torch.nn.Linear(2, 2))))
         {'0.resweight': 0.0, '1.resweight': 0.0}
     """
-    return {name: p.item() for name, p in model.named_parameters() if is_resweight(name)}
+    return {name: whole(p).item() for name, p in model.named_parameters() if is_resweight(name)}

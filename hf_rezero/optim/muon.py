@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..structure.parameters import whole
 from .adamw import adam_state, adamw_, check_hyperparameters
 from .foreach import WholeMatrices, buckets, evaluate, gradients
 
@@ -130,11 +131,6 @@ def orthogonal_steps(updates: list[Tensor], output_dim: int, num_iterations: int
     turned = torch.stack([update.transpose(0, output_dim) for update in updates])  # (n, outputs, ...)
     steps = orthogonalize(turned.flatten(2), num_iterations)
     return 0.2 * max(steps.shape[1:]) ** 0.5, list(steps.reshape(turned.shape).transpose(1, output_dim + 1))
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, gathered if it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 
 from ..data.description import DataDescription, from_known
 from ..data.units import tokens_are_bytes
-from ..diagnostics.resweights import resweight_profile
 from ..files import read_json, write_json
 from ..structure.modules import config_of
 from .redact import UNLISTED, clean_name, command_line, is_hub_name, redact
@@ -122,7 +121,14 @@ class RunRecord:
 
 
 def record_run(
-    trainer, *, tasks=None, dataset=None, dataset_tags=None, dataset_args=None, finetuned_from=None
+    trainer,
+    *,
+    resweights: Mapping[str, float],
+    tasks=None,
+    dataset=None,
+    dataset_tags=None,
+    dataset_args=None,
+    finetuned_from=None,
 ) -> RunRecord:
     """Write `run.json` into the folder of a run: what a card says of it that no other file holds.
 
@@ -130,6 +136,7 @@ def record_run(
 
     Args:
         trainer: After training or evaluation.
+        resweights: `resweight_profile` of its model.
         tasks: The task, by its name on the Hub; default: what the class of the model is for.
         dataset: Name of the data.
         dataset_tags: Its name on the Hub; default: `dataset` where it looks like one and is no file.
@@ -151,10 +158,10 @@ def record_run(
     write_json(folder / RECORD, record.to_dict())
     if report is not None:
         report.save(folder / "pruning" / "report.json")
-    if profile := resweight_profile(model):
+    if resweights:
         from ..plots import plot_resweights  # matplotlib is slow to import: only who draws waits for it
 
-        plot_resweights(profile, folder / "resweights.png")
+        plot_resweights(resweights, folder / "resweights.png")
     return record
 
 

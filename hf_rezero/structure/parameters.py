@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def decays(parameter: nn.Parameter) -> bool:
@@ -12,6 +13,11 @@ def decays(parameter: nn.Parameter) -> bool:
 def is_resweight(name: str) -> bool:
     """Whether the parameter of this qualified name is a residual weight."""
     return name.rpartition(".")[2] == "resweight"
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, gathered from all processes if it is sharded; each of them must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.utils import logging
 
 from ..files import read_json, write_json, written_whole
+from ..structure.parameters import whole
 
 
 logger = logging.get_logger(__name__)
@@ -32,7 +35,7 @@ def nonfinite(tensors: dict[str, torch.Tensor | None], at_most: int = 5) -> list
     """The names of the first tensors with an entry that is infinite or NaN."""
     found = []
     for name, tensor in tensors.items():
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a shard of a DTensor
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if local is not None and local.is_floating_point() and not torch.isfinite(local).all():
             found.append(name)
         if len(found) == at_most:
@@ -69,7 +72,7 @@ class FiniteTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        value = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
+        value = whole(norm) if torch.is_tensor(norm) else norm
         self.step_is_left_out = value is not None and not torch.isfinite(torch.as_tensor(value)).all()
         if self.step_is_left_out:
             self._skip()
@@ -80,7 +83,7 @@ class FiniteTrainer(Trainer):
     def _skip(self) -> None:
         self.skipped_steps += 1
         self._bad_in_a_row += 1
-        found = nonfinite(self._norms or {name: p.grad for name, p in self.model.named_parameters()})
+        found = self._named(self._norms or {name: p.grad for name, p in self.model.named_parameters()})
         step = self.state.global_step + 1
         if self._bad_in_a_row >= self.args.max_bad_steps:
             save_batch(self, self._last_inputs)
@@ -93,6 +96,13 @@ class FiniteTrainer(Trainer):
             for parameter in self.model.parameters():
                 parameter.grad = None
 
+    def _named(self, tensors: dict[str, torch.Tensor | None]) -> list[str]:
+        """The names of tensors that are not finite, of all processes where each sees only its shards."""
+        found = nonfinite(tensors)
+        if any(isinstance(p, DTensor) for p in self.model.parameters()):
+            found = list(dict.fromkeys(gather_object(found)))
+        return found
+
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """Save a checkpoint of weights that are finite; the rotation of older ones comes after."""
         self._check_weights(f"checkpoint-{self.state.global_step}")
@@ -104,7 +114,7 @@ class FiniteTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _check_weights(self, target: str) -> None:
-        found = nonfinite(dict(self.accelerator.unwrap_model(self.model).named_parameters()))
+        found = self._named(dict(self.accelerator.unwrap_model(self.model).named_parameters()))
         if found:
             save_batch(self, self._last_inputs)
             raise NonFiniteError(

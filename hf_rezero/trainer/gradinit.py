@@ -95,7 +95,7 @@ def run_gradinit(trainer: StoppableTrainer, config: GradInitConfig, resume: bool
         NonFiniteError: `max_bad_steps` batches in a row give infinity or NaN.
         ValueError: As `GradInit` and `OptimizerSpec.trial_step`, and if the initial weights are not those of the interrupted run.
     """
-    args, model = trainer.args, trainer.model
+    args, model = trainer.args, trainer.model.to(trainer.args.device)  # what will be sharded is still on the host
     _same_everywhere(model)
     options = config.options(args)
     init = GradInit(model, loss_fn=_loss_of(trainer), reduce=mean_over_processes, **options)

@@ -60,13 +60,13 @@ class PushingTrainer(Trainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
         tags = kwargs.pop("tags", None) or []
         tags = [tags] if isinstance(tags, str) else list(tags)
         kwargs["tags"] = tags + [tag for tag in getattr(self.model, "model_tags", None) or [] if tag not in tags]
-        kwargs["model_name"] = kwargs.get("model_name") or self.hub_model_id.split("/")[-1]
+        kwargs["model_name"] = kwargs.get("model_name") or (self.hub_model_id or "").split("/")[-1]
         self.create_model_card(**kwargs)
+        if not self.is_world_process_zero():
+            return None
         self._finish_current_push()
         options = {"revision": revision or self.args.hub_revision, "token": token or self.args.hub_token}
         options["commit_message"] = commit_message or "Upload model"

@@ -35,6 +35,7 @@ from .gradinit import GradInitConfig, run_gradinit, state_file
 from .processes import names_lost_processes
 from .pruning import PruningConfig, PruningTrainer
 from .pushing import PushingTrainer
+from .sharding import ShardedTrainer, unsharded_class
 from .stopping import StoppableTrainer
 
 
@@ -49,6 +50,7 @@ class ReZeroTrainer(
     EvaluatingTrainer,
     DistillingTrainer,
     PruningTrainer,
+    ShardedTrainer,
 ):
     """The `Trainer`, with right parameter groups, exact bits per byte, and the residual weights in its logs.
 
@@ -261,9 +263,11 @@ class ReZeroTrainer(
         self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, tasks=None, **data
     ) -> None:
         """Write `run.json`, what the run was, and the model card from what it measured; a card by hand stays."""
+        resweights = resweight_profile(self.accelerator.unwrap_model(self.model))  # of all processes, if it is sharded
         if not self.is_world_process_zero():
             return
-        record_run(self, tasks=tasks, finetuned_from=finetuned_from, **data)
+        with unsharded_class(self.model):
+            record_run(self, resweights=resweights, tasks=tasks, finetuned_from=finetuned_from, **data)
         card = Path(self.args.output_dir, "README.md")
         if card.exists() and not is_generated(card.read_text()):
             return logger.warning(f"{card} was written by hand and stays as it is.")
