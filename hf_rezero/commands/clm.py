@@ -26,7 +26,7 @@ from .running import (
     parse_arguments,
     run_and_publish,
 )
-from .texts import DataArguments, load_texts, needed_parts, scored_windows, source_of, training_windows
+from .texts import DataArguments, load_windows, scored_windows, source_of, training_windows
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -40,13 +40,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer = choose_tokenizer(model_args, data_args.block_size)
     model = load_model(model_args, AutoModelForCausalLM, data_args.block_size, tokenizer, is_causal=True)
     with training_args.main_process_first(desc="reading the corpus"):
-        progress = not training_args.disable_tqdm
-        texts = load_texts(data_args, model_args, tokenizer, needed_parts(training_args), progress=progress)
+        texts, stream = load_windows(data_args, model_args, training_args, tokenizer)
     trainer = ReZeroTrainer(
         model,
         training_args,
         data_collator=collate_bytes,
-        train_dataset=training_windows(texts["train"], data_args) if "train" in texts else None,
+        train_dataset=training_windows(texts["train"], data_args) if "train" in texts else stream,
         eval_dataset=scored_windows(texts["validation"], data_args) if "validation" in texts else None,
         processing_class=tokenizer,
     )

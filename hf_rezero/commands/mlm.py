@@ -18,6 +18,7 @@ from transformers import AutoModelForMaskedLM, EvalPrediction, set_seed
 
 from .. import ReZeroTrainer, ReZeroTrainingArguments
 from ..data.masking import MaskedBytes
+from ..data.streams import MaskedStream
 from ..data.windows import collate_bytes
 from . import summary
 from .entry import run_command
@@ -31,7 +32,7 @@ from .running import (
     parse_arguments,
     run_and_publish,
 )
-from .texts import DataArguments, load_texts, needed_parts, shortened, source_of
+from .texts import DataArguments, load_windows, shortened, source_of
 
 
 @dataclass
@@ -65,18 +66,20 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         )
     model = load_model(model_args, AutoModelForMaskedLM, data_args.block_size, tokenizer, is_causal=False)
     with training_args.main_process_first(desc="reading the corpus"):
-        progress = not training_args.disable_tqdm
-        texts = load_texts(data_args, model_args, tokenizer, needed_parts(training_args), progress=progress)
+        texts, stream = load_windows(data_args, model_args, training_args, tokenizer)
 
     def windows(part: str, count: int | None, fixed: bool = True):
         ids, size = texts[part].ids, data_args.block_size
         return shortened(MaskedBytes(ids, size, data_args.mlm_probability, fixed, tokenizer), count)
 
+    train = MaskedStream(stream, data_args.mlm_probability, training_args.seed) if stream else None
+    if "train" in texts:
+        train = windows("train", data_args.max_train_samples, fixed=False)
     trainer = ReZeroTrainer(
         model,
         training_args,
         data_collator=collate_bytes,
-        train_dataset=windows("train", data_args.max_train_samples, fixed=False) if "train" in texts else None,
+        train_dataset=train,
         eval_dataset=windows("validation", data_args.max_eval_samples) if "validation" in texts else None,
         processing_class=tokenizer,
         preprocess_logits_for_metrics=score_windows,

@@ -1,5 +1,6 @@
 """What the command-line scripts share: arguments from a file, the model to train, and what a finished run leaves."""
 
+import difflib
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -80,7 +81,8 @@ def parse_arguments(dataclass_types: Sequence[type], description: str, argv: Seq
     """Parse the command line, with a YAML or JSON file as first argument for the values that it does not give.
 
     Raises:
-        ValueError: Of the file, whatever `read_argument_file` refuses; a number that is NaN.
+        ValueError: The line names an argument that does not exist, and the nearest that does is named; of the file,
+            whatever `read_argument_file` refuses; a number that is NaN.
 
     Example:
         >>> from hf_rezero.trainer import ReZeroTrainingArguments
@@ -94,9 +96,15 @@ def parse_arguments(dataclass_types: Sequence[type], description: str, argv: Seq
         # of a flag with a negative, such as --no_use_cache, the one that takes a value
         actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
         parser.set_defaults(**read_argument_file(Path(argv.pop(0)), actions))
-    parsed = parser.parse_args_into_dataclasses(argv)
+    *parsed, left = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if left:
+        first = next((word for word in left if word.startswith("--")), left[0]).partition("=")[0]
+        near = difflib.get_close_matches(first, list(parser._option_string_actions), n=1)
+        raise ValueError(
+            f"unknown argument {first}: {f'did you mean {near[0]}?' if near else 'see --help for the names.'}"
+        )
     _refuse_nan(parsed)
-    return parsed
+    return tuple(parsed)
 
 
 def _refuse_nan(parsed: Sequence[Any]) -> None:

@@ -1,6 +1,6 @@
 """The texts of a language model: which to read, in which tokens, and in which windows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,13 +8,18 @@ import numpy as np
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
-from ..data.corpora import Corpus, load_corpus
+from ..data.corpora import Corpus, load_corpus, reader_of
 from ..data.download import MAX_CORPUS_BYTES
+from ..data.streams import StreamedWindows
+from ..data.tables import load_table
 from ..data.tokens import Tokens, load_tokens
 from ..data.units import tokens_are_bytes
 from ..data.windows import ByteDataset, evaluation_windows
 from ..trainer.arguments import ReZeroTrainingArguments
 from .running import ModelArguments
+
+
+BYTES_OF_A_TOKEN = 16  # more than any usual tokenizer has on average
 
 
 @dataclass
@@ -52,6 +57,12 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many evaluation windows."})
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that tokenize; default: one, with the threads of `tokenizers`."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the rows of a data set as they come, for --max_steps, and keep none."}
+    )
+    shuffle_buffer_size: int = field(
+        default=10_000, metadata={"help": "Rows of a stream that are held to be shuffled; 0: in their own order."}
     )
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again, whatever the cache holds."})
 
@@ -129,6 +140,102 @@ def load_texts(
             progress=progress,
         )
     return texts
+
+
+def load_windows(
+    args: DataArguments,
+    model_args: ModelArguments,
+    training_args: ReZeroTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[dict[str, Tokens], StreamedWindows | None]:
+    """The parts that a run reads, and in place of the training part a stream where one is asked for.
+
+    Raises:
+        ValueError: As `load_texts` and `open_stream`.
+    """
+    needed, progress = needed_parts(training_args), not training_args.disable_tqdm
+    if not args.streaming:
+        return load_texts(args, model_args, tokenizer, needed, progress=progress), None
+    if training_args.do_train and training_args.max_steps <= 0:
+        raise ValueError("a stream has no known end: give --max_steps with --streaming.")
+    stream = open_stream(args, model_args, tokenizer, training_args.seed) if "train" in needed else None
+    scored = {part: read_part(part, args, model_args, tokenizer) for part in needed if part != "train"}
+    return scored, stream
+
+
+def open_stream(
+    args: DataArguments, model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> StreamedWindows:
+    """The windows of the training rows, shuffled within a buffer, by the seed and the number of the pass.
+
+    Raises:
+        ValueError: There is no such data set, part or column.
+    """
+    rows, size = rows_of("train", args, model_args), args.shuffle_buffer_size
+    if size:
+        rows = rows.shuffle(seed=seed, buffer_size=size)
+    column = args.text_column_name
+
+    def texts(epoch: int) -> Iterator[str]:
+        rows.set_epoch(epoch)
+        return (row[column] or "" for row in rows)
+
+    return StreamedWindows(texts, tokenizer, args.block_size)
+
+
+def rows_of(part: str, args: DataArguments, model_args: ModelArguments) -> Any:
+    """The rows of one part of a data set or file, as they come.
+
+    Raises:
+        ValueError: There is no such data set, part or column of text.
+    """
+    files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
+    options = {"streaming": True, "cache_dir": model_args.cache_dir}
+    file = files[part]
+    if file:
+        kind = reader_of(file)
+        if kind is None:
+            raise ValueError(f"{file} has no rows to stream: a .jsonl, .json, .csv or .parquet is needed.")
+        tables, name = {part: load_table(kind, data_files={"train": file}, split="train", **options)}, file
+    elif args.dataset_name:
+        name = args.dataset_name
+        tables = load_table(name, args.dataset_config_name, token=model_args.token, **options)
+    else:
+        raise ValueError(f"there are no rows for {part} to stream: give --dataset_name or --{part}_file.")
+    if part not in tables:
+        raise ValueError(
+            f"{name} has the splits {', '.join(tables)} and none called {part}, which cannot be cut from a stream: "
+            f"give --{part}_file, or leave out --streaming."
+        )
+    columns = list(next(iter(tables[part].take(1)), {}))
+    if args.text_column_name not in columns:
+        raise ValueError(
+            f"the {part} rows of {name} have no column {args.text_column_name!r}, but {', '.join(columns) or 'are none'}: "
+            f"name the right one with --text_column_name."
+        )
+    return tables[part]
+
+
+def read_part(
+    part: str, args: DataArguments, model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase
+) -> Tokens:
+    """The tokens of the rows of a part for evaluation, as many as are asked for."""
+    enough = (
+        float("inf") if args.max_eval_samples is None else args.max_eval_samples * args.block_size * BYTES_OF_A_TOKEN
+    )
+    texts, size = [], 0
+    for row in rows_of(part, args, model_args):
+        texts.append((row[args.text_column_name] or "").encode())
+        size += len(texts[-1]) + 1
+        if size > enough:
+            break
+    data = np.frombuffer(b"\n".join(texts), np.uint8)
+    if tokens_are_bytes(tokenizer):
+        return Tokens(data, None)
+    ends = np.cumsum([len(text) + 1 for text in texts])[:-1] - 1
+    return load_tokens(
+        data, tokenizer, ends=ends, cache_dir=model_args.cache_dir, overwrite_cache=args.overwrite_cache
+    )
 
 
 def training_windows(tokens: Tokens, args: DataArguments) -> Dataset:

@@ -76,8 +76,8 @@ def load_corpus(
     - a file: its bytes as they are, mapped in place. `.xz .gz .bz2 .zip` are decompressed once into `cache_dir`.
     - an http(s) URL of such a file, downloaded once into `cache_dir`.
     - a `.jsonl .json .csv .parquet` file, a directory, or the name of a Hub data set, read by `datasets.load_dataset`:
-      the UTF-8 bytes of the rows of `text_column`, joined by one newline. A directory of `.txt` files is not
-      byte-exact this way (`datasets` drops carriage returns): concatenate them into one file instead.
+      the UTF-8 bytes of the rows of `text_column`, joined by one newline. Each file of a directory of `.txt` files is
+      one row; it is not byte-exact this way (`datasets` drops carriage returns): concatenate them into one file instead.
 
     A corpus of n bytes is cut in order, without shuffling, at floor(n s_0) and floor(n (s_0 + s_1)) for
     `split` = (s_0, s_1, s_2); n = 10^8 gives the usual 90 / 5 / 5 million bytes of enwik8. Validation and test splits
@@ -236,12 +236,24 @@ def _enwik8_file(cache: Path, max_bytes: int) -> Path:
     return download(ENWIK8_URL, cache, f"put enwik8 or enwik8.zip into {cache} by hand", max_bytes)
 
 
+def reader_of(path: str | os.PathLike) -> str | None:
+    """The reader of `datasets` for a file of rows, None for other files.
+
+    Example:
+        >>> reader_of("rows.jsonl"), reader_of("text.txt")
+        ('json', None)
+    """
+    return _TABLE_READERS.get(Path(path).suffix)
+
+
 def _table_parts(
     source: str | Path, cache: Path, config_name: str | None, text_column: str, datasets_cache: Path | None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     options: dict[str, Any] = {"cache_dir": datasets_cache and str(datasets_cache)}
     if isinstance(source, Path) and source.is_file():
         tables = load_table(_TABLE_READERS[source.suffix], data_files={"train": str(source)}, **options)
+    elif isinstance(source, Path) and _holds_texts(source):
+        tables = load_table("text", data_dir=str(source), sample_by="document", **options)
     else:
         tables = load_table(str(source), config_name, **options)
     if "train" not in tables:
@@ -256,6 +268,11 @@ def _table_parts(
         parts[part] = _map(target)
         ends[part] = np.fromfile(ends_file, np.int64)[:-1]  # none behind the last row
     return parts, ends
+
+
+def _holds_texts(folder: Path) -> bool:
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return bool(files) and all(path.suffix == ".txt" for path in files)
 
 
 def _write_column(table, column: str, target: Path, ends_file: Path) -> None:

@@ -73,6 +73,19 @@ class Encoder:
         content = self.backend.to_str() if self.knows_bytes else f"{type(self.tokenizer).__name__} {vocabulary}"
         return hashlib.sha256(f"{self.end_token_id} {content}".encode()).hexdigest()
 
+    def required_end(self) -> int:
+        """What stands between documents.
+
+        Raises:
+            ValueError: The tokenizer has no such token.
+        """
+        if self.end_token_id is None:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} has neither an end token nor a separator to put between documents: "
+                f"set tokenizer.eos_token, and save it."
+            )
+        return self.end_token_id
+
     def encode(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The ids of each text, and the bytes behind them; of these there are none where they are not known."""
         if not self.knows_bytes:
@@ -158,11 +171,8 @@ def load_tokens(
         ([100, 195, 169, 257, 102], [1, 2, 0, 1, 1])
     """
     encoder = Encoder(tokenizer)
-    if ends is not None and len(ends) and encoder.end_token_id is None:
-        raise ValueError(
-            f"{type(tokenizer).__name__} has neither an end token nor a separator to put between "
-            f"{len(ends):,} documents: set tokenizer.eos_token, and save it."
-        )
+    if ends is not None and len(ends):
+        encoder.required_end()
     digest = hashlib.sha256(data)
     digest.update(b"" if ends is None else np.ascontiguousarray(ends, np.int64))
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache()

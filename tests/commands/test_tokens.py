@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from support.launch import run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_rezero.commands import clm, mlm, tokenizer
+from hf_rezero.commands.running import ModelArguments
+from hf_rezero.commands.texts import DataArguments, open_stream
 from hf_rezero.data import train_bpe
 
 
@@ -203,3 +207,51 @@ def test_line_ends_can_be_left_out(folder, tmp_path):
     data = (folder / "text.txt").read_bytes()
     cut = data[len(data) * 90 // 100 : len(data) * 95 // 100]
     assert card["bytes"] == len(cut) - cut.count(b"\n")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_stream_trains_and_resumes_to_the_same_weights(folder, tmp_path, masked):
+    """More steps than one pass has: the second pass is part of it."""
+    rows = {"train_file": None, "dataset_name": folder / "rows", "text_column_name": "passage", "do_eval": True}
+    options = {**rows, "streaming": True, "shuffle_buffer_size": 7, "max_steps": 60, "save_steps": 50}
+    command = mlm if masked else clm
+    whole = command.main(arguments(folder, tmp_path / "whole", **options))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-50", tmp_path / "half" / "checkpoint-50")
+    half = command.main(arguments(folder, tmp_path / "half", resume_from_checkpoint="true", **options))
+    assert half["eval_loss"] == whole["eval_loss"]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    if not masked:
+        kept = clm.main(
+            arguments(
+                folder,
+                tmp_path / "kept",
+                **{**rows, "do_train": None, "config_overrides": None},
+                model_name_or_path=tmp_path / "whole",
+            )
+        )
+        assert kept["eval_bpb"] == pytest.approx(whole["eval_bpb"], rel=1e-6)
+
+
+def test_the_buffer_shuffles_and_the_seed_says_how(folder, tmp_path):
+    tokens, found = train_bpe([prose(0, 9)], 270), {}
+    for name, size, seed in (("a", 7, 0), ("b", 7, 0), ("in order", 0, 0), ("other seed", 7, 3)):
+        args = DataArguments(str(folder / "rows"), text_column_name="passage", block_size=16, shuffle_buffer_size=size)
+        stream = open_stream(args, ModelArguments(cache_dir=str(tmp_path)), tokens, seed)
+        found[name] = torch.stack([window["input_ids"] for window in islice(stream, 9)])
+    assert torch.equal(found["a"], found["b"])
+    assert not torch.equal(found["a"], found["in order"]) and not torch.equal(found["a"], found["other seed"])
+
+
+@pytest.mark.parametrize(("extra", "message"), [
+    ({"max_steps": -1}, "a stream has no known end: give --max_steps"),
+    ({"text_column_name": "words"}, "have no column 'words', but passage, id: name the right one with"),
+    ({"do_predict": True}, "has the splits train, validation and none called test, which cannot be cut from a stream"),
+    ({"dataset_name": None, "train_file": "text.txt"}, "text.txt has no rows to stream"),
+    ({"block_size": 100000}, "the stream ended after .* tokens, and a window needs 100000"),
+])  # fmt: skip
+def test_bad_streams_get_one_clear_error(folder, tmp_path, monkeypatch, extra, message):
+    monkeypatch.chdir(folder)
+    rows = {"train_file": None, "dataset_name": "./rows", "text_column_name": "passage", "streaming": True}
+    with pytest.raises(ValueError, match=message):
+        clm.main(arguments(folder, tmp_path / "run", **{**rows, **extra}))

@@ -176,7 +176,7 @@ def test_documents_need_an_end_token_and_a_text_needs_tokens(word_pieces, tmp_pa
     backend = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     bare = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
-    with pytest.raises(ValueError, match="neither an end token nor a separator to put between 1 documents"):
+    with pytest.raises(ValueError, match="neither an end token nor a separator to put between documents"):
         load_tokens(as_bytes("a\na"), bare, ends=np.array([1]), cache_dir=tmp_path)
     assert load_tokens(as_bytes("a\na"), bare, cache_dir=tmp_path).ids.tolist() == [0, 0]
     with pytest.raises(ValueError, match="the text has no tokens"):
