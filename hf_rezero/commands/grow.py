@@ -16,6 +16,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .. import grow_
+from ..rewrite.grow import INITS
 from . import summary
 from .entry import run_command
 from .running import load_as_saved
@@ -29,6 +30,9 @@ def main(argv: list[str] | None = None) -> list[int]:
     parser.add_argument("--num_layers", type=int, help="layers to add, evenly spread over the depth")
     parser.add_argument("--after", type=int, nargs="+", help="instead: layers behind each of which one is added")
     parser.add_argument("--stack", help="name of the list of layers, where there are several")
+    parser.add_argument(
+        "--init", choices=INITS, default="random", help="weights of new layers: fresh, or their neighbour's"
+    )
     parser.add_argument("--seed", type=int, default=42, help="of the new weights")
     parser.add_argument("--trust_remote_code", action="store_true", help="run modelling code of the Hub repository")
     args = parser.parse_args(argv)
@@ -37,7 +41,7 @@ def main(argv: list[str] | None = None) -> list[int]:
     set_seed(args.seed)
     model = load_as_saved(args.model, args.trust_remote_code)
     before = sum(p.numel() for p in model.parameters())
-    new = grow_(model, args.num_layers, after=args.after, stack=args.stack)
+    new = grow_(model, args.num_layers, after=args.after, stack=args.stack, init=args.init)
     model.save_pretrained(args.output_dir)
     for processor in (AutoTokenizer, AutoImageProcessor):
         try:

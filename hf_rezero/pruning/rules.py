@@ -6,7 +6,15 @@ from itertools import pairwise
 
 from torch import nn
 
-from ..structure.architectures import ARCHITECTURES, HEAD_ATTRIBUTES
+from ..structure.architectures import (
+    ARCHITECTURES,
+    HEAD_ATTRIBUTES,
+    HEAD_SIZES,
+    WIDTH_ATTRIBUTES,
+    Architecture,
+    FeedForward,
+    FusedAttention,
+)
 from ..structure.cuts import Cut, columns, rows
 from ..structure.modules import (
     BATCH_NORM,
@@ -19,7 +27,8 @@ from ..structure.modules import (
     output_dim,
 )
 from ..structure.parameters import check_plain
-from ..structure.residual import is_residual, residual_stacks, stacks
+from ..structure.residual import is_residual, normalises_sums, residual_stacks, stacks
+from .exactness import inexact
 from .groups import PruningGroup
 
 
@@ -40,15 +49,21 @@ PASSING = (
 def find_groups(model: nn.Module, targets: Sequence[str] | None = None) -> list[PruningGroup]:
     """Everything of the wanted kinds that can be removed exactly.
 
-    - heads: whole key/value groups of every attention with separate projections, or GPT-2's fused one
-    - neurons: of feed-forward layers, gated or not, and of linear layers that follow each other in a `Sequential`
+    - heads: whole key/value groups of every attention, with separate or fused projections; in T5 those of all layers of a
+      stack together, which share a position bias
+    - neurons: of feed-forward layers, gated or not, fused or not, and of linear layers that follow each other in a
+      `Sequential`
     - channels: of convolutions that follow each other in a `Sequential` or a residual block; sums are left alone
-    - layers, sublayers: residual branches that their own residual weight or last projection can switch off
+    - layers, sublayers: residual branches that their own residual weight or last projections can switch off, so never
+      those of post-norm models
     - width: features of the residual stream of a ReZero text model without norm
 
+    What the table of architectures says of a model of transformers is checked by a small run of it: a group whose units
+    do not go exactly, or a layer that is not the identity without its branches, is not found.
+
     Args:
-        model: ReZero models, GPT-2, BERT, RoBERTa, DistilBERT, Llama and its like, conv nets of `Sequential`s and
-            residual blocks; other models by `PruningGroup`s of your own.
+        model: A model of a family in the table `hf_rezero.structure.architectures`, or of convolutions in `Sequential`s
+            and residual blocks; other models by a row of your own in that table, or by `PruningGroup`s.
         targets: Any of heads, neurons, channels, layers, sublayers, width; by default what the model has of the first
             three.
 
@@ -68,13 +83,23 @@ def find_groups(model: nn.Module, targets: Sequence[str] | None = None) -> list[
         raise ValueError(f"got targets={wanted}: expected some of {', '.join(TARGETS)}.")
     check_plain(model)
     found = search(model, wanted)
+    wrong = inexact(model, [group for kind in UNITS for group in found.get(kind, ())])
+    found = {target: [group for group in groups if group.name not in wrong] for target, groups in found.items()}
     missing = [target for target, groups in found.items() if not groups]
     if missing and (targets is not None or len(missing) == len(found)):
         raise ValueError(
             f"no rule finds {', '.join(missing)} in {type(model).__name__}: leave them out of the targets, or describe "
-            f"them in PruningGroups of your own."
+            f"them in PruningGroups of your own.{_about_layers(model) if 'layers' in missing else ''}"
         )
     return [group for groups in found.values() for group in groups]
+
+
+def _about_layers(model: nn.Module) -> str:
+    """Why a model whose layers have branches has none that can go."""
+    normalises = normalises_sums(model)
+    if normalises is None:
+        return ""
+    return f" {normalises} normalises the sum x + F(x), so that a layer without F is not the identity (post-norm)."
 
 
 def search(model: nn.Module, targets: Sequence[str]) -> dict[str, list[PruningGroup]]:
@@ -93,67 +118,121 @@ def search(model: nn.Module, targets: Sequence[str]) -> dict[str, list[PruningGr
 def _heads(model: nn.Module) -> Iterator[PruningGroup]:
     if getattr(config_of(model), "add_cross_attention", False):
         return  # a config has one head count for the two attentions of a layer
+    tied: set[str] = set()
+    for architecture in ARCHITECTURES.values():
+        for group, members in _tied_heads(model, architecture):
+            tied |= members
+            yield group
     for name, module in model.named_modules():
-        for architecture in ARCHITECTURES.values():
-            parts = [child(module, part) for part in architecture.attention]
-            # an attention inside an attention module is found by the inner one
-            if parts and all(isinstance(part, nn.Linear) for part in parts):
-                yield _separate_heads(name, module, architecture.attention)
-                break
-            if _is_fused(module, architecture.fused_attention):
-                yield _fused_heads(name, module, *architecture.fused_attention)
-                break
+        found = (_heads_of(name, module, a) for a in ARCHITECTURES.values() if name not in tied)
+        group = next((group for group in found if group is not None), None)
+        if group is not None:
+            yield group
 
 
-def _is_fused(module: nn.Module, names: Sequence[str]) -> bool:
-    """Whether the module is a self-attention with the fused projection of GPT-2, a `Conv1D`."""
+def _heads_of(name: str, module: nn.Module, architecture: Architecture) -> PruningGroup | None:
+    """The heads of an attention with separate projections, or with a fused one."""
+    parts = [child(module, part) for part in architecture.attention]
+    if parts and all(isinstance(part, nn.Linear) for part in parts):
+        return _separate_heads(name, module, architecture.attention)
     is_cross = getattr(module, "is_cross_attention", False)
-    return bool(names) and is_conv1d(child(module, names[0])) and not is_cross
+    fused = FusedAttention(*architecture.fused_attention) if architecture.fused_attention else None
+    if fused and not is_cross and all(is_linear(child(module, part)) for part in (fused.projection, fused.output)):
+        return _fused_heads(name, module, fused)
+    return None
 
 
-def _separate_heads(name: str, module: nn.Module, names: Sequence[str]) -> PruningGroup:
+def _separate_heads(name: str, module: nn.Module, names: Sequence[str]) -> PruningGroup | None:
     q, k, v, o = (child(module, part) for part in names)
     owner = "self" if names[0].startswith("self.") else ""
     inner = child(module, owner) if owner else module
-    head_dim = getattr(inner, "head_dim", None) or inner.attention_head_size
-    units = k.out_features // head_dim
-    in_group = q.out_features // k.out_features
-    sizes = zip(names, (q, k, v), (head_dim * in_group, head_dim, head_dim), strict=False)
-    cuts = [cut for part, linear, size in sizes for cut in rows(join(name, part), linear, size)]
-    attributes = [
-        (join(name, owner), attribute, 1 if attribute == "num_key_value_heads" else in_group)
-        for attribute in HEAD_ATTRIBUTES
-        if hasattr(inner, attribute)
-    ]
-    if hasattr(inner, "all_head_size"):
-        attributes.append((join(name, owner), "all_head_size", head_dim))
-    readers = (columns(join(name, names[3]), o, head_dim * in_group),)
-    return PruningGroup(name, "heads", units, readers, tuple(cuts), tuple(attributes))
+    size = _head_size(inner)
+    if size is None:
+        return None
+    units, in_group = k.out_features // size, q.out_features // k.out_features
+    sizes = zip(names, (q, k, v), (size * in_group, size, size), strict=False)
+    cuts = [cut for part, linear, rows_of_unit in sizes for cut in rows(join(name, part), linear, rows_of_unit)]
+    readers = (columns(join(name, names[3]), o, size * in_group),)
+    return PruningGroup(name, "heads", units, readers, tuple(cuts), _counts(join(name, owner), inner, in_group, size))
 
 
-def _fused_heads(name: str, module: nn.Module, fused: str, output: str) -> PruningGroup:
-    head_dim, width, projection = module.head_dim, module.split_size, child(module, fused)
-    cuts = [cut for third in range(3) for cut in rows(join(name, fused), projection, head_dim, third * width)]
-    readers = (columns(join(name, output), child(module, output), head_dim),)
-    attributes = ((name, "num_heads", 1), (name, "split_size", head_dim))
-    return PruningGroup(name, "heads", width // head_dim, readers, tuple(cuts), attributes)
+def _fused_heads(name: str, module: nn.Module, fused: FusedAttention) -> PruningGroup | None:
+    size, projection, output = _head_size(module), child(module, fused.projection), child(module, fused.output)
+    queries = output.weight.shape[1 - output_dim(output)]
+    keys = (projection.weight.shape[output_dim(projection)] - queries) // 2
+    if size is None or keys < size or queries % keys:
+        return None
+    in_group, path = queries // keys, join(name, fused.projection)
+    if fused.by_head:
+        cuts = tuple(rows(path, projection, 3 * size))
+    else:
+        places = ((size * in_group, 0), (size, queries), (size, queries + keys))
+        cuts = tuple(cut for rows_of_unit, start in places for cut in rows(path, projection, rows_of_unit, start))
+    attributes = _counts(name, module, in_group, size)
+    if fused.counts_in_config:
+        attributes += ((name, "config.num_attention_heads", in_group),)
+    readers = (columns(join(name, fused.output), output, size * in_group),)
+    return PruningGroup(name, "heads", keys // size, readers, cuts, attributes)
+
+
+def _head_size(attention: nn.Module) -> int | None:
+    """The features of a head."""
+    sizes = (getattr(attention, attribute, None) for attribute in HEAD_SIZES)
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def _counts(name: str, attention: nn.Module, in_group: int, size: int) -> tuple[tuple[str, str, int], ...]:
+    """The numbers of heads, and of their features, that an attention keeps."""
+    amounts = {a: 1 if a == "num_key_value_heads" else in_group for a in HEAD_ATTRIBUTES}
+    amounts |= dict.fromkeys(WIDTH_ATTRIBUTES, size * in_group)
+    return tuple((name, attribute, amount) for attribute, amount in amounts.items() if hasattr(attention, attribute))
+
+
+def _tied_heads(model: nn.Module, architecture: Architecture) -> Iterator[tuple[PruningGroup, set[str]]]:
+    """Heads of all layers of a stack together, with their column of the table of position biases."""
+    for stack, layers in stacks(model, at_least=1) if architecture.tied_heads else ():
+        for path, table in architecture.tied_heads:
+            names = [join(stack, str(i), path) for i, layer in enumerate(layers) if child(layer, path) is not None]
+            heads = [_heads_of(name, model.get_submodule(name), architecture) for name in names]
+            groups = [group for group in heads if group is not None]
+            if not groups or len({group.num_units for group in groups}) > 1:
+                continue
+            tables = [join(name, table, "weight") for name in names if child(model.get_submodule(name), table)]
+            yield (
+                PruningGroup(
+                    f"{stack}.*.{path}",
+                    "heads",
+                    groups[0].num_units,
+                    tuple(reader for group in groups for reader in group.readers),
+                    tuple(cut for group in groups for cut in group.cuts) + tuple(Cut(t, 1) for t in tables),
+                    tuple(attribute for group in groups for attribute in group.attributes),
+                ),
+                set(names),
+            )
 
 
 def _neurons(model: nn.Module) -> Iterator[PruningGroup]:
     for name, module in model.named_modules():
-        for producers, reader in (pair for a in ARCHITECTURES.values() for pair in a.feed_forwards):
-            found = [child(module, part) for part in (*producers, reader)]
-            if all(is_linear(part) for part in found):
-                cuts = [
-                    cut
-                    for part, linear in zip(producers, found, strict=False)
-                    for cut in rows(join(name, part), linear)
-                ]
-                readers = (columns(join(name, reader), found[-1]),)
-                units = found[0].weight.shape[output_dim(found[0])]
-                yield PruningGroup(name, "neurons", units, readers, tuple(cuts))
-                break
+        pairs = (pair for a in ARCHITECTURES.values() for pair in a.feed_forwards)
+        group = next((group for pair in pairs if (group := _neurons_of(name, module, pair)) is not None), None)
+        if group is not None:
+            yield group
     yield from (group for group in _chains(model) if group.kind == "neurons")
+
+
+def _neurons_of(name: str, module: nn.Module, described: FeedForward) -> PruningGroup | None:
+    """The neurons of a feed-forward layer; each producer holds one row for each of them, or k times as many."""
+    reader, producers = child(module, described.reader), [child(module, part) for part in described.producers]
+    if not is_linear(reader) or not all(is_linear(producer) for producer in producers):
+        return None
+    units, cuts = reader.weight.shape[1 - output_dim(reader)], []
+    for part, producer in zip(described.producers, producers, strict=True):
+        held = producer.weight.shape[output_dim(producer)]
+        if held % units:
+            return None
+        for start in range(0, held, units):
+            cuts += rows(join(name, part), producer, offset=start)
+    return PruningGroup(name, "neurons", units, (columns(join(name, described.reader), reader),), tuple(cuts))
 
 
 def _channels(model: nn.Module) -> Iterator[PruningGroup]:

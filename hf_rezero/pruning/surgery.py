@@ -1,5 +1,6 @@
 """Physical removal: smaller tensors, layers that are gone, and a config that says so."""
 
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -139,8 +140,7 @@ def prune_(
     parts = _parts_to_remove(model, by_name, kept)
     if constants is not None:
         _fold_constants(model, by_name, kept, constants)
-    replaced = _cut_tensors(model, by_name, kept, parts)
-    _adjust_modules(model, by_name, kept, parts)
+    replaced = cut_units(model, by_name, kept, parts)
     removed_layers = _remove_parts(model, parts)
     report = PruningReport(
         method=method,
@@ -210,6 +210,22 @@ def _kept_entries(model, by_name, kept, parts) -> dict[str, dict[int, torch.Tens
     return entries
 
 
+def cut_units(
+    model: nn.Module,
+    by_name: Mapping[str, PruningGroup],
+    kept: Mapping[str, torch.Tensor],
+    parts: Sequence[str] = (),
+) -> dict[nn.Parameter, tuple[nn.Parameter, dict]]:
+    """Leave the kept units, in tensors and numbers of the modules outside of `parts`, and nothing else of the model.
+
+    Returns:
+        For each parameter that was replaced the new one, and the entries that it kept.
+    """
+    replaced = _cut_tensors(model, by_name, kept, parts)
+    _adjust_modules(model, by_name, kept, parts)
+    return replaced
+
+
 def _cut_tensors(model, by_name, kept, parts) -> dict[nn.Parameter, tuple[nn.Parameter, dict]]:
     """Replace tensors by their kept entries, tied ones together; returns the new parameter and the entries of each."""
     entries = _kept_entries(model, by_name, kept, parts)
@@ -241,7 +257,7 @@ def _adjust_modules(model, by_name, kept, parts) -> None:
     for name, indices in kept.items():
         for module, attribute, size in by_name[name].attributes:
             if not _inside(module, parts):
-                setattr(model.get_submodule(module), attribute, size * len(indices))
+                _set_number(model.get_submodule(module), attribute, size * len(indices))
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear):
@@ -254,6 +270,14 @@ def _adjust_modules(model, by_name, kept, parts) -> None:
             module.embedding_dim = weight.shape[1]
         elif is_conv1d(module):
             module.nx, module.nf = weight.shape
+
+
+def _set_number(module: nn.Module, attribute: str, value: int) -> None:
+    """Set `name`, or `config.name`, in a copy of the config that the module shares with all others until then."""
+    own, _, name = attribute.rpartition(".")
+    if own:
+        setattr(module, own, copy.copy(getattr(module, own)))
+    setattr(getattr(module, own) if own else module, name, value)
 
 
 def _remove_parts(model: nn.Module, parts: Sequence[str]) -> dict[str, list[int]]:
@@ -296,7 +320,7 @@ def _write_config(model: nn.Module, report: PruningReport, left: Mapping[str, li
     if config is None:
         model.pruned = provenance
         return
-    write_config(model, len(next(iter(left.values()))) if left else None)
+    write_config(model, left)
     config.pruning = provenance
     write_record(model)
 

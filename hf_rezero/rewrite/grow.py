@@ -1,19 +1,18 @@
 """Deeper models from trained ones: new layers that are the identity when they are put in."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from ..structure.modules import copy_of
 from ..structure.parameters import check_plain
 from ..structure.reset import reinitialize_
-from ..structure.residual import renumber_layers, residual_stacks, write_config
+from ..structure.residual import normalises_sums, renumber_layers, residual_stacks, write_config, writers_of
 from .record import write_record
 
 
-# what ends a branch, and starts at 0 in a model whose residual weights are frozen
-LAST_PROJECTIONS = ("o_proj", "down_proj")
+INITS = ("random", "copy")
 
 
 @torch.no_grad()
@@ -23,28 +22,31 @@ def grow_(
     *,
     after: Sequence[int] | None = None,
     stack: str | None = None,
+    init: str = "random",
     optimizer: torch.optim.Optimizer | None = None,
 ) -> list[int]:
     """Put new layers into a trained model, which computes what it did, to the bit.
 
     A new layer has the sizes of the layer before it, fresh weights, and residual weights of 0, x + 0 F(x) = x
     (Bachlechner et al. 2020, section 3); in pre-norm models without residual weights, or with frozen ones, the last
-    projections are 0.
+    projections are 0. `init="copy"` takes the weights of the layer before it instead of fresh ones, again with gates or
+    last projections of 0 (block expansion, Wu et al. 2024, arXiv:2401.02415, section 3.2).
 
     Args:
-        model: A ReZero or pre-norm model, changed in place with its config; layers that only change their input by a
-            residual branch.
+        model: A ReZero or pre-norm model of a family in the table of architectures, changed in place with its config;
+            layers that only change their input by a residual branch.
         num_layers: Layers to add, evenly spread over the depth.
         after: Instead: indices of the present layers behind each of which one is added; repeated for several.
-        stack: Name of the list of layers, where a model has several, such as the stages of a ResNet.
+        stack: Name of the list of layers, where a model has several, such as an encoder and a decoder.
+        init: "random" or "copy", what the new layers start from behind what is 0.
         optimizer: Takes the new parameters into the groups of their neighbours; the state of the others stays.
 
     Returns:
         The indices of the new layers in the larger stack.
 
     Raises:
-        ValueError: Not exactly one of `num_layers` and `after`, an index out of range, no or several stacks, or frozen
-            residual weights with nothing else that could start at 0.
+        ValueError: Not exactly one of `num_layers` and `after`, an index out of range, no or several stacks, a post-norm
+            model, another `init`, or frozen residual weights with nothing else that could start at 0.
 
     Example:
         >>> import torch
@@ -57,6 +59,8 @@ def grow_(
         >>> torch.equal(model(ids).logits, before), model.config.num_hidden_layers
         (True, 6)
     """
+    if init not in INITS:
+        raise ValueError(f"got init={init!r}: expected {' or '.join(map(repr, INITS))}.")
     name, found = _find_stack(model, stack)
     old = model.get_submodule(name)
     allowed = {
@@ -67,15 +71,18 @@ def grow_(
     barred = sorted(set(places) - set(allowed))
     if barred:
         raise ValueError(f"got after={barred}: expected layers that keep the shape of their input, {sorted(allowed)}.")
-    layers, new = [], []
+    layers, origins, new = [], [], []
     for index, layer in enumerate(list(old)):
         layers.append(layer)
+        origins += [index] * (1 + places.count(index))
         for _ in range(places.count(index)):
-            layers.append(_identity_layer(model, layer, allowed[index]))
+            layers.append(_identity_layer(model, layer, allowed[index], init))
             new.append(len(layers) - 1)
             if optimizer is not None:
                 _join_groups(optimizer, layer, layers[-1])
     _replace(model, name, layers)
+    write_config(model, {name: origins})
+    write_record(model)
     return new
 
 
@@ -84,9 +91,15 @@ def _find_stack(model: nn.Module, stack: str | None) -> tuple[str, dict[str, tup
     check_plain(model)
     found = dict(residual_stacks(model))
     if not found:
+        normalises = normalises_sums(model)
+        why = (
+            f" {normalises} normalises the sum x + F(x), which F = 0 leaves no identity (post-norm)."
+            if normalises
+            else ""
+        )
         raise ValueError(
             f"no rule finds layers in {type(model).__name__}: a layer can be added where its residual branches can be "
-            f"switched off."
+            f"switched off.{why}"
         )
     if stack is None and len(found) == 1:
         stack = next(iter(found))
@@ -109,11 +122,13 @@ def _places(depth: int, allowed: Sequence[int], num_layers: int | None, after: S
     return list(after)
 
 
-def _identity_layer(model: nn.Module, neighbour: nn.Module, gates: Sequence[str]) -> nn.Module:
-    layer = reinitialize_(copy.deepcopy(neighbour), getattr(model, "_init_weights", None))
+def _identity_layer(model: nn.Module, neighbour: nn.Module, gates: Sequence[str], init: str) -> nn.Module:
+    layer = copy_of(neighbour)
+    if init == "random":
+        reinitialize_(layer, getattr(model, "_init_weights", None))
     tensors = dict(layer.named_parameters())
     if not any(tensors[gate].requires_grad for gate in gates):
-        gates = [name for name in tensors if name.rpartition(".")[0].endswith(LAST_PROJECTIONS)]
+        gates = [name for name in tensors if name.rpartition(".")[0] in writers_of(layer)]
         if not gates:
             raise ValueError(
                 "the residual weights are frozen: a new layer could never leave 0. Set config.resweight_trainable "
@@ -140,5 +155,3 @@ def _replace(model: nn.Module, name: str, layers: list[nn.Module]) -> None:
         del stack[-1]
     stack.extend(layers)
     renumber_layers(model, stack)
-    write_config(model, len(layers))
-    write_record(model)

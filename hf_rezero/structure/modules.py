@@ -1,5 +1,6 @@
 """Modules by name, and which side of a weight is which."""
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -39,6 +40,12 @@ def is_linear(module: nn.Module | None) -> bool:
 def config_of(model: nn.Module) -> Any:
     """The config of a Hugging Face model; None for any other module."""
     return getattr(model, "config", None)
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """A deep copy that shares the configs."""
+    configs = [config for part in module.modules() if (config := config_of(part)) is not None]
+    return copy.deepcopy(module, {id(config): config for config in configs})
 
 
 def can_lack_sublayers(model: nn.Module) -> bool:

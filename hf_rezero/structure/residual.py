@@ -1,14 +1,16 @@
 """Stacks of layers, and what switches a residual branch off."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from .architectures import ARCHITECTURES, Architecture, ResidualLayer
 from .cuts import rows
-from .modules import child, config_of, is_linear, join
+from .modules import BATCH_NORM, can_lack_sublayers, child, config_of, is_linear, join
 from .parameters import is_resweight
+from .probe import changing_layers
 
 
 def stacks(model: nn.Module, at_least: int = 2) -> Iterator[tuple[str, nn.Module]]:
@@ -19,15 +21,54 @@ def stacks(model: nn.Module, at_least: int = 2) -> Iterator[tuple[str, nn.Module
 
 
 def residual_stacks(model: nn.Module) -> Iterator[tuple[str, dict[str, tuple[str, ...]]]]:
-    """The stacks whose layers can be switched off: the name of each stack, and the gates of its layers by their names."""
+    """The stacks whose layers can be switched off: the name of each stack, and the gates of its layers by their names.
+
+    A small run of the model checks that each layer is the identity then.
+    """
+    described = dict(_described_stacks(model))
+    changing = changing_layers(model, {layer: gates for found in described.values() for layer, gates in found.items()})
+    for name, found in described.items():
+        left = {layer: gates for layer, gates in found.items() if layer not in changing}
+        if left:
+            yield name, left
+
+
+def normalises_sums(model: nn.Module) -> str | None:
+    """The class of layers that normalise x + F(x), so that they change x whatever F is; None if there are none."""
+    found = {layer: gates for _, layers in _described_stacks(model, True) for layer, gates in layers.items()}
+    changing = sorted(changing_layers(model, found))
+    return type(model.get_submodule(changing[0])).__name__ if changing else None
+
+
+def _described_stacks(model: nn.Module, post_norm: bool = False) -> Iterator[tuple[str, dict[str, tuple[str, ...]]]]:
+    """The stacks whose layers have gates by the table.
+
+    Where a config counts the layers, one that has other tensors than the last of its stack is left out: T5's first makes
+    the position bias of all, and ModernBERT's first has no norm, so that no config describes a stack without them.
+    """
+    alike = config_of(model) is not None and not can_lack_sublayers(model)
     for name, stack in stacks(model):
-        gates = {join(name, str(i)): gates_of(model, join(name, str(i)), layer) for i, layer in enumerate(stack)}
-        if any(gates.values()):
-            yield name, {layer: tensors for layer, tensors in gates.items() if tensors}
+        layers = {join(name, index): layer for index, layer in stack.named_children()}
+        gates = {path: gates_of(model, path, layer, post_norm) for path, layer in layers.items()}
+        usual = next((_tensors_of(layers[path]) for path in reversed(gates) if gates[path]), set())
+        found = {path: g for path, g in gates.items() if g and not (alike and _tensors_of(layers[path]) != usual)}
+        if found:
+            yield name, found
 
 
-def gates_of(model: nn.Module, name: str, layer: nn.Module) -> tuple[str, ...]:
-    """The tensors that switch a whole layer off, leaving the identity; empty if there are none."""
+def _tensors_of(layer: nn.Module) -> set[str]:
+    return {name for name, _ in layer.named_parameters()}
+
+
+def gates_of(model: nn.Module, name: str, layer: nn.Module, post_norm: bool = False) -> tuple[str, ...]:
+    """The tensors that switch a whole layer off, leaving the identity; empty if there are none.
+
+    Args:
+        model: The model, whose config is asked.
+        name: The name of the layer.
+        layer: A layer of the model.
+        post_norm: Name those of the branches also where a norm of the sum stays.
+    """
     config = config_of(model)
     if not is_residual(config):
         return ()
@@ -39,7 +80,7 @@ def gates_of(model: nn.Module, name: str, layer: nn.Module) -> tuple[str, ...]:
     if resweights:
         return resweights
     row = row_of(layer)
-    if row is None or any(is_norm(child(layer, norm)) for norm in row[1].stream_norms):
+    if row is None or not post_norm and any(is_norm(child(layer, norm)) for norm in row[1].stream_norms):
         return ()
     return tuple(
         tensor for writer in row[1].writers for tensor in _gates_of_writer(join(name, writer), child(layer, writer))
@@ -60,8 +101,18 @@ def row_of(layer: nn.Module) -> tuple[Architecture, ResidualLayer] | None:
         return sum(child(layer, part) is not None for parts in row[1] for part in parts)
 
     rows = [(a, described) for a in ARCHITECTURES.values() for described in a.layers]
-    fitting = [row for row in rows if all(is_linear(child(layer, writer)) for writer in row[1].writers)]
+    fitting = [row for row in rows if all(_writes(child(layer, writer)) for writer in row[1].writers)]
     return max(fitting, key=found, default=None)
+
+
+def writers_of(layer: nn.Module) -> tuple[str, ...]:
+    """The last projections of the branches that a layer has, also of one that has lost a branch, by the row that fits best."""
+    rows = [described.writers for a in ARCHITECTURES.values() for described in a.layers]
+    return max((tuple(w for w in row if _writes(child(layer, w))) for row in rows), key=len, default=())
+
+
+def _writes(module: nn.Module | None) -> bool:
+    return is_linear(module) or isinstance(module, BATCH_NORM) and module.affine
 
 
 def is_norm(module: nn.Module | None) -> bool:
@@ -90,10 +141,42 @@ def renumber_layers(model: nn.Module, stack: Iterable[nn.Module]) -> None:
             number()
 
 
-def write_config(model: nn.Module, num_layers: int | None) -> None:
-    """Describe the sizes that the model has now, if the config has words for them."""
+# what configs call the depth of a stack, by a part of its name
+DEPTHS = {"encoder": ("encoder_layers", "num_layers"), "decoder": ("decoder_layers", "num_decoder_layers")}
+
+
+def write_config(model: nn.Module, origins: Mapping[str, Sequence[int]]) -> None:
+    """Describe the sizes that the model has now, if the config has words for them.
+
+    Args:
+        model: The model.
+        origins: For each stack whose layers have changed, the former index of each layer that it has now; for a new one
+            that of the layer that it was made from.
+    """
     config = config_of(model)
     if callable(sync := getattr(model, "sync_config", None)):
         sync()
-    elif num_layers is not None and hasattr(config, "num_hidden_layers"):
-        config.num_hidden_layers = num_layers
+        return
+    for stack, former in origins.items():
+        own = config_of(model.get_submodule(stack.rpartition(".")[0]))
+        if config is not None:
+            _write_depth(config, stack, former)
+        if own is not None and own is not config:  # in T5, one stack is all that the config of a stack knows of
+            _write_depth(own, "", former)
+
+
+def _write_depth(config: Any, stack: str, former: Sequence[int]) -> None:
+    stage = re.search(r"stages\.(\d+)\.layers$", stack)
+    if stage is not None and hasattr(config, "depths"):
+        config.depths = [len(former) if i == int(stage[1]) else depth for i, depth in enumerate(config.depths)]
+        return
+    own = (name for part, names in DEPTHS.items() if part in stack.split(".") for name in names)
+    count = next((name for name in (*own, "num_hidden_layers") if hasattr(config, name)), None)
+    if count is None:
+        return
+    before = getattr(config, count)
+    for name, value in list(vars(config).items()):
+        # such as layer_types: one entry for each layer
+        if "layer" in name and isinstance(value, list) and len(value) == before:
+            setattr(config, name, [value[index] for index in former])
+    setattr(config, count, len(former))

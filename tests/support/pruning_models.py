@@ -1,8 +1,16 @@
 """Small models of every family that has a rule, in float64 with nothing left at its initial 0 or 1."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     BertConfig,
     BertForMaskedLM,
     DistilBertConfig,
@@ -70,7 +78,7 @@ def seed_net(width=8):
 
 
 def resnet(layer_type="basic"):
-    sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 2]}
+    sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [3, 3]}
     return ResNetForImageClassification(ResNetConfig(**sizes, layer_type=layer_type))
 
 
@@ -117,8 +125,78 @@ def rezero_mlp(**config):
     return ReZeroMLPForImageClassification(ReZeroMLPConfig(**sizes | config))
 
 
+SIZES = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+GROUPED = {**SIZES, **SPECIAL, "num_key_value_heads": 2}
+OPT = {"vocab_size": 264, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+T5 = {
+    "vocab_size": 264,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 4,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+}
+TWO_STACKS = {
+    **{"vocab_size": 264, "d_model": 32, "encoder_layers": 4, "decoder_layers": 3, "encoder_attention_heads": 4},
+    **{"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40},
+}
+# families of transformers: the Auto class, the model type, the config
+STOCK = {
+    "mistral": (AutoModelForCausalLM, "mistral", GROUPED),
+    "qwen2": (AutoModelForCausalLM, "qwen2", GROUPED),
+    "qwen3": (AutoModelForCausalLM, "qwen3", {**GROUPED, "head_dim": 8}),
+    "gemma": (AutoModelForCausalLM, "gemma", {**GROUPED, "head_dim": 8}),
+    "gemma2": (AutoModelForCausalLM, "gemma2", {**GROUPED, "head_dim": 8}),
+    "gemma3": (AutoModelForCausalLM, "gemma3_text", {**GROUPED, "head_dim": 8}),
+    "phi": (AutoModelForCausalLM, "phi", {**SIZES, **SPECIAL}),
+    "phi3": (AutoModelForCausalLM, "phi3", GROUPED),
+    "opt": (AutoModelForCausalLM, "opt", {**OPT, **SPECIAL, "word_embed_proj_dim": 32}),
+    "opt_post_norm": (
+        AutoModelForCausalLM,
+        "opt",
+        {**OPT, **SPECIAL, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    ),
+    "gpt_neox": (AutoModelForCausalLM, "gpt_neox", {**SIZES, **SPECIAL}),
+    "gpt_neox_sequential": (AutoModelForCausalLM, "gpt_neox", {**SIZES, **SPECIAL, "use_parallel_residual": False}),
+    "modernbert": (
+        AutoModelForMaskedLM,
+        "modernbert",
+        {**SIZES, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 4},
+    ),
+    "t5": (AutoModelForSeq2SeqLM, "t5", {**T5, **SPECIAL}),
+    "t5_gated": (AutoModelForSeq2SeqLM, "t5", {**T5, **SPECIAL, "feed_forward_proj": "gated-gelu"}),
+    "bart": (AutoModelForSeq2SeqLM, "bart", {**TWO_STACKS, **SPECIAL}),
+    "whisper": (
+        AutoModelForSpeechSeq2Seq,
+        "whisper",
+        {**TWO_STACKS, **SPECIAL, "num_mel_bins": 6, "max_source_positions": 7},
+    ),
+    "vit": (AutoModelForImageClassification, "vit", {**SIZES, "image_size": 8, "patch_size": 4}),
+}
+
+
+def stock(name):
+    """A model of `STOCK`, with matrices that are large enough for what is removed to be missed."""
+    auto_class, model_type, config = STOCK[name]
+    model = auto_class.from_config(AutoConfig.for_model(model_type, **config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)
+    return model
+
+
 REZERO_IMAGE = {f.__name__: f for f in (rezero_resnet, rezero_bottleneck, plain_resnet, rezero_mlp)}
 TEXT = {f.__name__: f for f in (rezero, rezero_gqa, gpt2, llama, bert, roberta, distilbert)}
+TEXT |= {name: partial(stock, name) for name in STOCK if name not in ("vit", "whisper")}
+OTHERS = {name: partial(stock, name) for name in ("vit", "whisper")}  # a Transformer that reads pictures, or sound
 IMAGE = {f.__name__: f for f in (seed_net, resnet, bottleneck_resnet, residual_net)} | REZERO_IMAGE
 WITH_UNITS = [*TEXT, *(name for name in IMAGE if name != "rezero_mlp")]  # a fully connected net has whole layers only
 
@@ -126,7 +204,7 @@ WITH_UNITS = [*TEXT, *(name for name in IMAGE if name != "rezero_mlp")]  # a ful
 def build(name, dtype=torch.float64, seed=0):
     """The model in eval mode, and an input for it."""
     torch.manual_seed(seed)
-    model = (TEXT | IMAGE)[name]()
+    model = (TEXT | OTHERS | IMAGE)[name]()
     picture, ids = torch.randn(2, 3, 8, 8).to(dtype), torch.randint(0, 256, (2, 12))
     if name == "residual_net":
         model(picture.float())
@@ -134,9 +212,12 @@ def build(name, dtype=torch.float64, seed=0):
 
 
 def ids_or_picture(name, ids, picture):
+    decoder = {"decoder_input_ids": ids.flip(1)} if name in ("whisper", "bart", "t5", "t5_gated") else {}
+    if name == "whisper":
+        return {"input_features": picture.flatten(1)[:, :84].view(2, 6, 14), **decoder}
     if name in TEXT:
-        return {"input_ids": ids}
-    return {"pixel_values": picture} if name in REZERO_IMAGE or "resnet" in name else picture
+        return {"input_ids": ids, **decoder}
+    return {"pixel_values": picture} if name in REZERO_IMAGE or name == "vit" or "resnet" in name else picture
 
 
 @torch.no_grad()
