@@ -21,7 +21,6 @@ from ..structure.modules import (
     can_lack_sublayers,
     child,
     config_of,
-    is_conv1d,
     is_linear,
     join,
     output_dim,

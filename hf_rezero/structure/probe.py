@@ -91,7 +91,8 @@ def changing_layers(model: nn.Module, gates: Mapping[str, Iterable[str]]) -> set
         >>> gpt2 = GPT2Model(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
         >>> changing_layers(gpt2, {"h.0": [f"h.0.{b}.c_proj.{t}" for b in ("attn", "mlp") for t in ("weight", "bias")]})
         set()
-        >>> bert = BertModel(BertConfig(9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> bert = BertModel(BertConfig(vocab_size=9, **sizes))
         >>> gate = "encoder.layer.0.{}output.dense.{}"
         >>> gates = [gate.format(b, t) for b in ("attention.", "") for t in ("weight", "bias")]
         >>> changing_layers(bert, {"encoder.layer.0": gates})
