@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 from torch import nn
@@ -101,13 +102,16 @@ def _about_layers(model: nn.Module) -> str:
     return f" {normalises} normalises the sum x + F(x), so that a layer without F is not the identity (post-norm)."
 
 
-def search(model: nn.Module, targets: Sequence[str]) -> dict[str, list[PruningGroup]]:
-    """What the rules find, by target in the order of `TARGETS`; empty where they find nothing."""
+def search(model: nn.Module, targets: Sequence[str], checked: bool = True) -> dict[str, list[PruningGroup]]:
+    """What the rules find, by target in the order of `TARGETS`; empty where they find nothing.
+
+    A small run checks the layers, unless `checked` is False, as for a model whose weights are still to come.
+    """
     rules: dict[str, Callable[[nn.Module], Iterable[PruningGroup]]] = {
         "heads": _heads,
         "neurons": _neurons,
         "channels": _channels,
-        "layers": _layers,
+        "layers": partial(_layers, checked=checked),
         "sublayers": _sublayers,
         "width": _width,
     }
@@ -301,8 +305,8 @@ def _chain_group(producer, between, reader) -> PruningGroup:
     return PruningGroup(name, kind, units, (reads,), tuple(cuts))
 
 
-def _layers(model: nn.Module) -> Iterator[PruningGroup]:
-    for name, gates in residual_stacks(model):
+def _layers(model: nn.Module, checked: bool) -> Iterator[PruningGroup]:
+    for name, gates in residual_stacks(model, checked):
         yield PruningGroup(name, "layers", len(gates), parts=tuple(gates), gates=tuple(gates.values()))
 
 

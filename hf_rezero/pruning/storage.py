@@ -95,7 +95,12 @@ def replay_(model: nn.Module, provenance: dict) -> None:
     holder, attribute = (model, "pruned") if config_of(model) is None else (model.config, "pruning")
     setattr(holder, attribute, None)
     for targets in (("layers",), ("sublayers",), tuple(t for t in TARGETS if t not in ("layers", "sublayers"))):
-        groups = [group for found in search(model, targets).values() for group in found if group.name in ranges]
+        groups = [
+            group
+            for found in search(model, targets, checked=False).values()
+            for group in found
+            if group.name in ranges
+        ]
         kept = {group.name: from_ranges(ranges[group.name], at_most=group.num_units) for group in groups}
         # a config may have said already how many layers there are
         larger = [group for group in groups if len(kept[group.name]) < group.num_units]

@@ -8,6 +8,7 @@ x <- x + resweight * F(x) (Bachlechner et al. 2020, arXiv:2003.04887): the weigh
 of F, which is linear.
 """
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -49,7 +50,8 @@ class Record:
         identities: Norms that are gone.
         scales: Factors of token tables, so that the weights of a tied head can be small.
         shapes: Parameters that were cut, or grown.
-        numbers: Whole numbers that the modules around these keep, such as the count of heads.
+        numbers: Whole numbers that the modules around these keep, such as the count of heads; `config.` stands before those
+            that a module reads from its config.
         resweight_init: Where the residual weights of a new model start.
         fan_in: Whether the weights of a new model start at N(0, 1 / sqrt(inputs)).
         deviations: Standard deviations at which token tables and other starts of the residual stream begin.
@@ -217,13 +219,32 @@ def replay_(base: nn.Module, record: Record) -> None:
         new = torch.empty(shape, dtype=old.dtype, device=old.device)
         setattr(modules[owner], attribute, nn.Parameter(new, requires_grad=old.requires_grad))
     for name, numbers in record.numbers.items():
-        vars(modules[name]).update(numbers)
+        for attribute, value in numbers.items():
+            _set_number(modules[name], attribute, value)
     for name in record.identities:
         base.set_submodule(name, nn.Identity())
     for name, holder in sorted(record.gates.items(), key=lambda pair: pair[0] != pair[1]):
         gate_(modules[name], record.resweight_init, None if name == holder else modules[holder])
     for name, factor in record.scales.items():
         scale_(modules[name], factor)
+
+
+def _set_number(module: nn.Module, attribute: str, value: int) -> None:
+    """Set `name`, or `config.name`, in a copy of the config that the module shares with all others until then."""
+    own, _, name = attribute.rpartition(".")
+    if own:
+        setattr(module, own, copy.copy(getattr(module, own)))
+    vars(getattr(module, own) if own else module)[name] = value
+
+
+@torch.no_grad()
+def fill_(model: "Rewritten", record: Record) -> None:
+    """Fill the parameters whose shapes differ as transformers fills new ones."""
+    modules = dict(model.base_model.named_modules(remove_duplicate=False))
+    for name in sorted({name.rpartition(".")[0] for name in record.shapes}):
+        for tensor in modules[name].parameters(recurse=False):
+            tensor._is_hf_initialized = False
+        model._init_weights(modules[name])
 
 
 @torch.no_grad()
@@ -262,7 +283,10 @@ class Rewritten:
         if base is not self and isinstance(base, Rewritten):
             return  # built by itself, as heads that transformers makes for any model do
         replay_(base, record)
-        if record.fan_in and not any(parameter.is_meta for parameter in base.parameters()):
+        if any(parameter.is_meta for parameter in base.parameters()):
+            return
+        fill_(self, record)
+        if record.fan_in:
             initialize_(self, record)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -390,11 +414,12 @@ def _config_init(self, **kwargs):
 
 
 def _classes(auto: type, config_class: type) -> tuple[type, ...]:
-    """What an Auto class makes of a config: one class, as a rule."""
+    """What an Auto class makes of a config: one class, as a rule; none that has another config, as one of Qwen2 has."""
     if config_class not in auto._model_mapping.keys():
         return ()
     found = auto._model_mapping[config_class]
-    return found if isinstance(found, tuple) else (found,)
+    found = found if isinstance(found, tuple) else (found,)
+    return tuple(model_class for model_class in found if model_class.config_class is config_class)
 
 
 def auto_map(config_class: type) -> dict[str, str]:

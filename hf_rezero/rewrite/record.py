@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..structure.modules import config_of
 from .modeling_rewritten import Gated, Record, ScaledEmbedding, mark_
 
 
@@ -92,10 +93,19 @@ def _numbers(modules: dict, originals: dict, shapes: dict) -> dict[str, dict[str
     """The whole numbers of the modules around the parameters of other shapes, where they differ too."""
     around = {owner for name in shapes for owner in _owners(name)} & originals.keys()
     found = {
-        name: {k: v for k, v in vars(modules[name]).items() if type(v) is int and vars(originals[name]).get(k, v) != v}
+        name: _other_numbers(modules[name], originals[name])
+        | _other_numbers(config_of(modules[name]), config_of(originals[name]), "config.")
         for name in sorted(around)
     }
     return {name: numbers for name, numbers in found.items() if numbers}
+
+
+def _other_numbers(live: Any, fresh: Any, prefix: str = "") -> dict[str, int]:
+    """The whole numbers of a module, or of its config, that a fresh one has with other values."""
+    if live is None or fresh is None:
+        return {}
+    own, usual = vars(live), vars(fresh)
+    return {prefix + k: v for k, v in own.items() if type(v) is int and usual.get(k, v) != v}
 
 
 def _owners(name: str) -> list[str]:

@@ -20,12 +20,16 @@ def stacks(model: nn.Module, at_least: int = 2) -> Iterator[tuple[str, nn.Module
             yield name, module
 
 
-def residual_stacks(model: nn.Module) -> Iterator[tuple[str, dict[str, tuple[str, ...]]]]:
+def residual_stacks(model: nn.Module, checked: bool = True) -> Iterator[tuple[str, dict[str, tuple[str, ...]]]]:
     """The stacks whose layers can be switched off: the name of each stack, and the gates of its layers by their names.
 
-    A small run of the model checks that each layer is the identity then.
+    A small run of the model checks that each layer is the identity then, unless `checked` is False, as for a model whose
+    weights are still to come.
     """
     described = dict(_described_stacks(model))
+    if not checked:
+        yield from described.items()
+        return
     changing = changing_layers(model, {layer: gates for found in described.values() for layer, gates in found.items()})
     for name, found in described.items():
         left = {layer: gates for layer, gates in found.items() if layer not in changing}

@@ -92,6 +92,15 @@ def test_a_pruned_model_comes_back(name, targets, tmp_path):
     assert torch.equal(output_of(again, batch), output_of(model, batch))
 
 
+@pytest.mark.parametrize("name", STOCK)
+def test_a_pruned_family_of_transformers_comes_back_through_its_auto_class(name, tmp_path):
+    targets = ("heads", "neurons", "layers") if name in LAYERED else ("heads", "neurons")
+    model, batch, _ = pruned(name, targets, torch.float32, seed=1)
+    model.save_pretrained(tmp_path)
+    again = STOCK[name][0].from_pretrained(tmp_path)
+    assert torch.equal(output_of(again, batch), output_of(model, batch))
+
+
 @pytest.mark.parametrize("name", [name for name in (*LAYERED, "resnet", "bottleneck_resnet") if "rezero" not in name])
 def test_layers_alone_need_no_help_to_come_back(name, tmp_path):
     model, batch, _ = pruned(name, ("layers",), torch.float32, seed=1)
