@@ -68,8 +68,16 @@ def _turn(link: re.Match, here: str, page: Page) -> str:
     target = places().get(source) or (source.removeprefix("docs/") if source.startswith("docs/") else None)
     if target is not None:
         relative = posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".")
-        turned = f"{image}[{text}]({relative}{anchor})"
-        return f"[{turned}]({relative})" if image else turned  # a figure opens in its full size
+        return _figure(text, relative, source) if image else f"[{text}]({relative}{anchor})"
     if not (ROOT / source).exists():
         LOG.warning("%s links to %s, which does not exist", here, url)
     return text
+
+
+def _figure(text: str, target: str, source: str) -> str:
+    """A figure, which opens in its full size; with a dark twin, the one that fits the colours of the page."""
+    dark = f"{source.removesuffix('.png')}_dark.png"
+    if dark not in places():
+        return f"[![{text}]({target})]({target})"
+    looks = {"only-light": target, "only-dark": f"{target.removesuffix('.png')}_dark.png"}
+    return " ".join(f"[![{text}]({path}#{look})]({path})" for look, path in looks.items())

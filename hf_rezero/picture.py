@@ -25,6 +25,7 @@ from .files import written_whole
 
 WIDTH, HEIGHT = 7.2, 4.0  # inches, of a picture with one panel
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+COLOURS = 7  # C0 to C6: these and that of the text
 COMMON = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 100,
@@ -154,7 +155,7 @@ def _label(line: Line2D) -> str:
 
 def _end(axes: Axes, line: Line2D) -> tuple[float, float] | None:
     """The last point of a line inside the axes, in fractions of them; None where it has none."""
-    to_axes = axes.transData + axes.transAxes.inverted()
+    to_axes = line.get_transform() + axes.transAxes.inverted()  # not always that of the data: see axhline
     points = to_axes.transform(line.get_xydata())
     inside = [(x, y) for x, y in points if -0.001 <= x <= 1.001 and -0.001 <= y <= 1.001]
     return inside[-1] if inside else None
@@ -181,11 +182,21 @@ def _bounds(group: list[float], gap: float) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def plot_seeds(axes: Axes, x: Sequence[float], curves: Sequence[Sequence[float]], **look) -> Line2D:
-    """Draw the mean of the curves (seeds, steps) and, where there are several, the band from their least to their greatest."""
+def plot_seeds(
+    axes: Axes, x: Sequence[float], curves: Sequence[Sequence[float]], *, shade: float = 0.2, **look
+) -> Line2D:
+    """Draw the mean of the curves (seeds, steps) and, where there are several, the band from their least to their greatest.
+
+    Args:
+        axes: One panel.
+        x: The steps.
+        curves: One for each seed.
+        shade: How much of its colour the band has; less where many bands overlap.
+        look: Of the line, as `axes.plot` takes it.
+    """
     columns = list(zip(*curves, strict=True))
     (line,) = axes.plot(x, [sum(column) / len(column) for column in columns], **look)
     if len(curves) > 1:
         low, high = [min(column) for column in columns], [max(column) for column in columns]
-        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=shade, linewidth=0)
     return line

@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib import rcParams
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .files import written_whole
 from .picture import HEIGHT, WIDTH, Picture, finished, in_look, ink, label_lines
 
 
@@ -309,9 +306,3 @@ def plot_gradients(profiles: Mapping, path: Path = None) -> Picture:
     axes.set_ylim(bottom=bottom / 2)
     label_lines(axes)
     return finished(picture, path)
-
-
-def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Write any figure as a PNG, whole or not at all."""
-    with written_whole(path) as temporary, temporary.open("wb") as file:
-        FigureCanvasAgg(figure).print_png(file)

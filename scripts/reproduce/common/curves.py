@@ -33,12 +33,6 @@ def mean_steps_to(results: dict, arm: str, target: float) -> float | None:
     return None if None in steps else float(np.mean(steps))
 
 
-def mean_curve(results: dict, arm: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Steps and smoothed loss, the mean of the seeds at the best learning rate; None where all of them diverged."""
-    curves = [smooth(run["curve"]) for run in runs_of(results, arm) if len(run["curve"]) > 5]
-    return (curves[0][0], np.mean([losses for _, losses in curves], axis=0)) if curves else None
-
-
 def by_seed(best: dict) -> str:
     """The test losses of the seeds, in one cell."""
     return ", ".join(f"{test:.3f}" for test in best["test"])

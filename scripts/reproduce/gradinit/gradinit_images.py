@@ -27,17 +27,17 @@ from statistics import mean
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from common.drawing import light_and_dark
 from common.images import HELP, endless_rows, floats, read_images, shifted
 from common.record import FIGURES, RESULTS, once, read_json, write_json
 from hf_rezero import gradinit_, metainit_, param_groups
 from hf_rezero.initialization.gradinit import GradInit, half_overlap
 from hf_rezero.initialization.metainit import random_batches
-from hf_rezero.plots import save_figure
+from hf_rezero.picture import Picture, ink, label_lines
 
 
 PAPER_STEPS = 390
@@ -408,32 +408,34 @@ def panels(results: dict, figure_of: str) -> dict[str, dict[str, dict]]:
     return found
 
 
-def draw_variance(results: dict, path: Path) -> None:
+@light_and_dark
+def draw_variance(results: dict) -> Picture:
     """Relative variance of the gradient by layer, before and after GradInit."""
     by_net = panels(results, "relative_variance")
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure = Picture(figsize=(11, 7))
     for axes, (name, arms) in zip(figure.subplots(2, 2).flatten(), by_net.items(), strict=False):
         for arm, values in arms.items():
             axes.semilogy(list(values.values()), ".-", label=arm, linewidth=0.8)
         axes.set(title=name, xlabel="weight, from the input to the output", ylabel="gradient variance / mean squared")
-        axes.legend()
-    save_figure(figure, path)
+        label_lines(axes)
+    return figure
 
 
-def draw_scales(results: dict, path: Path) -> None:
+@light_and_dark
+def draw_scales(results: dict) -> Picture:
     """The factors that GradInit found: convolutions, BatchNorm weights by their place, the head."""
     by_net = panels(results, "scales")
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure = Picture(figsize=(11, 7))
     for axes, (name, arms) in zip(figure.subplots(2, 2).flatten(), by_net.items(), strict=False):
         scales = list(arms.get("GradInit", {}).items())
         for label, belongs in KINDS.items():
             places = [i for i, (tensor, _) in enumerate(scales) if belongs(tensor, i == len(scales) - 1)]
             if places:
                 axes.semilogy(places, [scales[i][1] for i in places], ".", label=label)
-        axes.axhline(1, color="black", linewidth=0.5)
+        axes.axhline(1, color=ink(), linewidth=0.5)
         axes.set(title=name, xlabel="tensor, from the input to the output", ylabel="scale found by GradInit")
-        axes.legend(fontsize=8)
-    save_figure(figure, path)
+        label_lines(axes)
+    return figure
 
 
 # Of a tensor's name and whether it is the last one: layer 0 of a `convolution` is the filter, layer 1 the BatchNorm.

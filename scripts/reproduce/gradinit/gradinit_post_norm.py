@@ -20,15 +20,15 @@ from statistics import mean
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from common import first_steps
+from common.drawing import GRAY, light_and_dark
 from common.first_steps import add_arguments, batches, byte_model, unigram_bpb
 from common.record import FIGURES, RESULTS, once, read_json, write_json
 from common.rules import PLAIN
 from hf_rezero import ReZeroForCausalLM, gradinit_, load_corpus
 from hf_rezero.data.corpora import Corpus
-from hf_rezero.plots import save_figure
+from hf_rezero.picture import Picture, plot_seeds
 
 
 POST = {"norm_position": "post", **PLAIN}
@@ -122,29 +122,30 @@ def run_all(args: argparse.Namespace, corpus: Corpus) -> dict:
     return results
 
 
-def draw(results: dict, path: Path) -> None:
+@light_and_dark
+def draw(results: dict) -> Picture:
     """Smoothed curves at the best learning rate of each arm, and the final loss over the grid."""
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    figure = Picture(figsize=(12, 4.4))
     curves, grid = figure.subplots(1, 2)
     for arm, best in results["best"].items():
         look = {"color": ARMS[arm].color, "linestyle": ARMS[arm].style, "linewidth": 1.2}
-        for seed in range(len(best["final_by_seed"])):
-            curve = results["runs"][f"{arm} | lr={best['learning_rate']:g} | seed={seed}"]["curve"]
-            window = min(10, len(curve))
-            smooth = np.convolve(curve, np.ones(window) / window, mode="valid")
-            label = f"{arm}, lr {best['learning_rate']:g}" if seed == 0 else None
-            curves.plot(np.arange(len(smooth)) + window, smooth, label=label, **look)
+        keys = [f"{arm} | lr={best['learning_rate']:g} | seed={seed}" for seed in range(len(best["final_by_seed"]))]
+        runs = [results["runs"][key]["curve"] for key in keys]
+        window = min(10, *map(len, runs))
+        smooth = [np.convolve(curve, np.ones(window) / window, mode="valid") for curve in runs]
+        label = f"{arm}, lr {best['learning_rate']:g}"
+        plot_seeds(curves, np.arange(min(map(len, smooth))) + window, smooth, shade=0.1, label=label, **look)
         keys = [key.split(" | ") for key in results["runs"] if key.endswith("seed=0")]
         rates = sorted(float(rate[3:]) for name, rate, _ in keys if name == arm)
         finals = [results["runs"][f"{arm} | lr={rate:g} | seed=0"]["final"] for rate in rates]
         grid.semilogx(rates, finals, marker="o", markersize=4, label=arm, **look)
     for axes in (curves, grid):
-        axes.axhline(results["unigram_bpb"], color="gray", linestyle=":", label="unigram entropy")
+        axes.axhline(results["unigram_bpb"], color=GRAY, linestyle=":", label="unigram entropy")
         axes.set(ylabel="training bits per byte", ylim=(3.8, 6))
-    curves.set(xlabel="optimizer step", title="each at its best learning rate, one line per seed")
+    curves.set(xlabel="optimiser step", title="each at its best learning rate, band of the seeds")
     grid.set(xlabel="learning rate", title="last tenth of the steps, seed 0")
     figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    save_figure(figure, path)
+    return figure
 
 
 def table(results: dict) -> list[list[str]]:

@@ -26,18 +26,18 @@ from statistics import mean, stdev
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from common.byte_lm import bits_per_byte
+from common.drawing import GRAY, light_and_dark
 from common.images import HELP, endless_rows, floats, read_images
 from common.record import FIGURES, RESULTS, once, read_json, write_json
 from common.rules import PLAIN
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, load_corpus, param_groups
 from hf_rezero.data.windows import ByteDataset, collate_bytes, evaluation_windows
 from hf_rezero.optim import LAMB, LARS, RAdam, Ranger, RangerLARS, lookahead
-from hf_rezero.plots import save_figure
+from hf_rezero.picture import Picture, label_lines, plot_seeds
 
 
 TASKS = (
@@ -110,7 +110,7 @@ SNOO = {"k": 10, "alpha": 0.7, "momentum": 0.5}
 ARMS = {
     "AdamW": Arm(adamw, -6, "C0"),
     "AdamW, warmup": Arm(adamw, -6, "C0", "--", warmup=0.1),
-    "AdamW, long warmup": Arm(adamw, -6, "C7", warmup=0.5),
+    "AdamW, long warmup": Arm(adamw, -6, GRAY, warmup=0.5),
     "RAdam": Arm(plain(RAdam), -5, "C1"),
     "RAdam, warmup": Arm(plain(RAdam), -5, "C1", "--", warmup=0.1),
     "Ranger": Arm(plain(Ranger, evaluate_slow=True), -5, "C2"),
@@ -396,10 +396,11 @@ def first_steps(args: argparse.Namespace, results: dict) -> None:
 # --- figures
 
 
-def draw(results: dict, path: Path) -> None:
+@light_and_dark
+def draw(results: dict) -> Picture:
     """Training loss of every arm at its best learning rate, mean over the seeds."""
     names = [name for name in TASKS if name in results["best"]]
-    figure = Figure(figsize=(15, 9.6), layout="constrained")
+    figure = Picture(figsize=(13, 8.2))
     panels = figure.subplots(2, 3).flatten()
     for axes, name in zip(panels, names, strict=False):
         for arm, best in results["best"][name].items():
@@ -408,22 +409,22 @@ def draw(results: dict, path: Path) -> None:
             if curves:
                 look = {"color": ARMS[arm].color, "linestyle": ARMS[arm].style, "linewidth": 1.2}
                 steps = np.linspace(0, results["steps"][name], len(curves[0]) + 1)[1:]
-                axes.plot(steps, np.mean(curves, axis=0), label=arm, **look)
+                plot_seeds(axes, steps, curves, shade=0.08, label=arm, **look)
         unit = "nats" if name.startswith("conv") else "bits per byte"
-        axes.set(title=name, xlabel="optimizer step", ylabel=f"training loss ({unit})")
+        axes.set(title=name, xlabel="optimiser step", ylabel=f"training loss ({unit})")
         if not name.startswith("conv"):
             axes.set_ylim(min([min(line.get_ydata()) for line in axes.lines], default=3) - 0.1, 6)
-        axes.grid(alpha=0.3)
     lines = {line.get_label(): line for axes in panels for line in axes.lines}
     figure.legend(handles=[lines[arm] for arm in ARMS if arm in lines], loc="outside lower center", ncols=7)
-    save_figure(figure, path)
+    return figure
 
 
-def draw_first_steps(results: dict, path: Path) -> None:
+@light_and_dark
+def draw_first_steps(results: dict) -> Picture:
     """Histograms of the gradients by step, as in the paper of RAdam, and the cosines between the twins."""
     studied = {key: record for key, record in results["first_steps"].items() if key.endswith("seed=0")}
     rates = list(dict.fromkeys(key.split(" | ")[1] for key in studied))
-    figure = Figure(figsize=(15, 3.2 * len(rates)), layout="constrained")
+    figure = Picture(figsize=(14, 3 * len(rates)))
     grid = figure.subplots(len(rates), 4, squeeze=False)
     for row, lr in zip(grid, rates, strict=True):
         shown = {key.split(" | ")[0]: record for key, record in studied.items() if f" | {lr} | " in key}
@@ -431,13 +432,14 @@ def draw_first_steps(results: dict, path: Path) -> None:
             shares = np.array(record["histogram"]).T
             extent = (0, len(record["loss"]), EDGES[0], EDGES[-1])
             axes.imshow(shares, origin="lower", aspect="auto", extent=extent, vmax=0.12, cmap="magma")
-            axes.set(title=f"{arm}, {lr}", xlabel="optimizer step", ylabel="log10 |gradient|", ylim=(-10, 0))
+            axes.grid(visible=False)
+            axes.set(title=f"{arm}, {lr}", xlabel="optimiser step", ylabel="log10 |gradient|", ylim=(-10, 0))
             look = {"color": ARMS[arm].color, "linestyle": ARMS[arm].style}
             row[3].plot(np.arange(1, len(record["loss"]) + 1), record["travel_cosine"], label=arm, **look)
-        row[3].set(title="two runs on other batches", xlabel="optimizer step", ylabel="cosine of the ways gone")
-        row[3].set_ylim(0, 1.4)
-        row[3].legend(loc="upper right")
-    save_figure(figure, path)
+        row[3].set(title="two runs on other batches", xlabel="optimiser step", ylabel="cosine of the ways gone")
+        row[3].set_ylim(0, 1)
+        label_lines(row[3])
+    return figure
 
 
 def table(results: dict) -> list[list[str]]:

@@ -29,16 +29,16 @@ from statistics import mean, stdev
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from common.byte_lm import bits_per_byte
 from common.curves import mean_of
+from common.drawing import GRAY, light_and_dark
 from common.images import HELP, endless_rows, floats, read_images
 from common.record import FIGURES, RESULTS, once, read_json, write_json
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, load_corpus, param_groups, pruning
 from hf_rezero.data.windows import ByteDataset, collate_bytes, evaluation_windows
-from hf_rezero.plots import save_figure
+from hf_rezero.picture import Picture, ink, label_lines
 from hf_rezero.pruning import Masks, PruningGroup, attach_masks, find_groups, prune_, remove_pruned_, select
 
 
@@ -47,20 +47,20 @@ SCORE_BATCHES = 16
 BLOCK = 64
 EVALUATED_WINDOWS = 512
 LOOKS = {
-    "L1": "C2",
-    "L1, target": "C6",
-    "L0": "C3",
-    "L0, beta 0.05": "C1",
-    "first k": "C4",
-    "magnitude": "C0",
-    "APoZ": "C9",
+    "L1": ("C2", "-"),
+    "L1, target": ("C2", "--"),
+    "L0": ("C3", "-"),
+    "L0, beta 0.05": ("C3", "--"),
+    "first k": ("C4", "-"),
+    "magnitude": ("C0", "-"),
+    "APoZ": ("C5", "-"),
 }
 LOOKS |= {
-    "random": "C7",
-    "Taylor": "C8",
-    "L1 from scratch": "C2",
-    "first k from scratch": "C4",
-    "unpruned from scratch": "white",
+    "random": (GRAY, "-"),
+    "Taylor": ("C1", "-"),
+    "L1 from scratch": ("C2", "none"),
+    "first k from scratch": ("C4", "none"),
+    "unpruned from scratch": ("none", "none"),
 }
 
 
@@ -513,25 +513,34 @@ def _table(results: dict, tasks: tuple[str, ...], digits: int) -> list[list[str]
 # --- figure
 
 
-def draw(results: dict, path: Path) -> None:
+@light_and_dark
+def draw(results: dict) -> Picture:
     """Quality against the fraction removed, one panel for each task; triangles are nets from scratch."""
     todo = results["tasks"]
-    figure = Figure(figsize=(6 * len(todo), 5.2), layout="constrained")
+    figure = Picture(figsize=(5 * len(todo), 4.2))
     lines = {}
     for axes, (name, task) in zip(figure.subplots(1, len(todo), squeeze=False)[0], todo.items(), strict=True):
         bases = [record["quality"] for key, record in results["base"].items() if key.startswith(f"{name} | ")]
         band = [*bases, *curve(results, name, "unpruned")[:, 1]]
         lines["unpruned"] = axes.axhspan(min(band), max(band), color="C0", alpha=0.25, label="unpruned")
-        for method, color in LOOKS.items():
+        for method, (color, style) in LOOKS.items():
             rows, scratch = curve(results, name, method), method.endswith("scratch")
             if len(rows):
-                look = {"linestyle": "none", "marker": "^", "mec": "black"} if scratch else {"marker": "o", "ms": 4}
+                look = (
+                    {"linestyle": "none", "marker": "^", "ms": 6, "mec": ink()}
+                    if scratch
+                    else {"marker": "o", "linestyle": style}
+                )
                 look |= {"yerr": rows[:, 3], "capsize": 2, "linewidth": 1.3}
-                lines[method] = axes.errorbar(100 * rows[:, 0], rows[:, 1], color=color, label=method, **look)
+                drawn = axes.errorbar(100 * rows[:, 0], rows[:, 1], color=color, label=method, **look)
+                if scratch:
+                    lines[method] = drawn
+                else:
+                    drawn.lines[0].set_label(method)
         axes.set(title=task["title"], xlabel="weights removed, %", ylabel=task["unit"])
-        axes.grid(alpha=0.3)
+        label_lines(axes, [line for line in axes.lines if line.get_label() in LOOKS])
     figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=6)
-    save_figure(figure, path)
+    return figure
 
 
 TABLES = {"pruning_curve_images": images_table, "pruning_curve_text": text_table}

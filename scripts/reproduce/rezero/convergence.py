@@ -12,26 +12,27 @@ bits per byte; at the default sizes no text is seen twice. Seconds are steps tim
 import argparse
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from common.byte_lm import adamw, add_arguments, build_model, run_grid, step_seconds, train
-from common.curves import mean_curve, runs_of, steps_to, steps_to_losses
+from common.curves import runs_of, steps_to, steps_to_losses
+from common.drawing import light_and_dark, plot_arm
 from common.record import FIGURES, RESULTS, write_json
 from common.rules import ARMS, LADDER, START, config_of
-from hf_rezero.plots import save_figure
+from hf_rezero.picture import COLOURS, Picture, label_lines
 
 
-def draw(results: dict, path: Path) -> None:
+@light_and_dark
+def draw(results: dict) -> Picture:
     """Training loss by step, one line for each arm: the mean of its seeds."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Picture(figsize=(8.2, 5))
     axes = figure.subplots()
     for place, arm in enumerate(results["best"]):
-        if curve := mean_curve(results, arm):
-            axes.plot(*curve, f"C{place % 10}", linestyle="-" if place < 10 else "--", label=arm)
-    axes.set(xlabel="step", ylabel="training bits per byte, mean of 50 steps", ylim=(None, 5.2))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    save_figure(figure, path)
+        plot_arm(
+            axes, results, arm, color=f"C{place % COLOURS}", linestyle="-" if place < COLOURS else "--", label=arm
+        )
+    lowest = min(line.get_ydata().min() for line in axes.lines)
+    axes.set(xlabel="step", ylabel="training bits per byte, mean of 50 steps", ylim=(lowest - 0.1, 5.2))
+    label_lines(axes)
+    return figure
 
 
 def table(results: dict) -> list[list[str]]:

@@ -14,14 +14,14 @@ from statistics import mean
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
+from common.drawing import GRAY, light_and_dark
 from common.first_steps import add_arguments, batches, byte_model, train, unigram_bpb
 from common.record import FIGURES, RESULTS, once, read_json, write_json
 from common.rules import PLAIN
 from hf_rezero import load_corpus
 from hf_rezero.data.corpora import Corpus
-from hf_rezero.plots import save_figure
+from hf_rezero.picture import HEIGHT, WIDTH, Picture, label_lines, plot_seeds
 
 
 ARMS = {
@@ -54,22 +54,22 @@ def run_all(args: argparse.Namespace, corpus: Corpus) -> dict:
     return results
 
 
-def draw(results: dict, path: Path) -> None:
-    """Smoothed curves of the best learning rate of each arm, one line per seed."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+@light_and_dark
+def draw(results: dict) -> Picture:
+    """Smoothed curves of the best learning rate of each arm, mean and band of its seeds."""
+    figure = Picture(figsize=(WIDTH, HEIGHT))
     axes = figure.subplots()
     for color, (arm, best) in enumerate(results["best"].items()):
-        for seed in range(len(best["final_by_seed"])):
-            curve = results["runs"][f"{arm} lr={best['learning_rate']:g} seed={seed}"]["curve"]
-            smooth = np.convolve(curve, np.ones(10) / 10, mode="valid")
-            label = f"{arm}, lr {best['learning_rate']:g}" if seed == 0 else None
-            axes.plot(np.arange(len(smooth)) + 10, smooth, color=f"C{color}", label=label, linewidth=1)
-    axes.axhline(results["unigram_bpb"], color="gray", linestyle=":", label="unigram entropy")
+        keys = [f"{arm} lr={best['learning_rate']:g} seed={seed}" for seed in range(len(best["final_by_seed"]))]
+        curves = [np.convolve(results["runs"][key]["curve"], np.ones(10) / 10, mode="valid") for key in keys]
+        label = f"{arm}, lr {best['learning_rate']:g}"
+        plot_seeds(axes, np.arange(len(curves[0])) + 10, curves, color=f"C{color}", label=label)
+    axes.axhline(results["unigram_bpb"], color=GRAY, linestyle=":", label="unigram entropy")
     settings = results["settings"]
-    axes.set(xlabel="optimizer step, no warmup", ylabel="training bits per byte (10-step mean)", ylim=(3, 7))
+    axes.set(xlabel="optimiser step, no warmup", ylabel="training bits per byte (10-step mean)", ylim=(3, 7))
     axes.set_title(f"{settings['layers']} layers x {settings['hidden_size']}, each at its best learning rate")
-    axes.legend()
-    save_figure(figure, path)
+    label_lines(axes)
+    return figure
 
 
 def table(results: dict) -> list[list[str]]:

@@ -11,13 +11,12 @@ The second line is the paper's model, for a GPU. Learning rates, seeds and losse
 import argparse
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from common.byte_lm import add_arguments, run_grid, train
-from common.curves import mean_curve, mean_steps_to, steps_to_losses
+from common.curves import mean_steps_to, steps_to_losses
+from common.drawing import light_and_dark, plot_arm
 from common.record import FIGURES, RESULTS
 from common.rules import ARMS, LADDER, START, config_of
-from hf_rezero.plots import save_figure
+from hf_rezero.picture import HEIGHT, Picture, label_lines
 
 
 RULES = [
@@ -29,21 +28,26 @@ RULES = [
 ]
 
 
-def draw(results: dict, path: Path) -> None:
+@light_and_dark
+def draw(results: dict) -> Picture:
     """Training loss by step, a panel for each depth."""
     depths = sorted({int(arm.split()[0]) for arm in results["best"]})
-    figure = Figure(figsize=(4 * len(depths), 4), layout="constrained")
+    figure = Picture(figsize=(0.8 + 3.1 * len(depths), HEIGHT))
     panels = figure.subplots(1, len(depths), sharey=True, squeeze=False)[0]
     for depth, axes in zip(depths, panels, strict=True):
         for color, rule in enumerate(RULES):
             arm = f"{depth} {rule}"
-            if arm in results["best"] and (curve := mean_curve(results, arm)):
-                axes.plot(*curve, f"C{color}", label=rule)
+            if arm in results["best"]:
+                plot_arm(axes, results, arm, color=f"C{color}", label=rule)
         axes.set(title=f"{depth} layers", xlabel="step", ylim=(None, 5.2))
-        axes.grid(alpha=0.3)
     panels[0].set_ylabel("training bits per byte, mean of 50 steps")
-    panels[0].legend(fontsize=8)
-    save_figure(figure, path)
+    label_lines(panels[-1])
+    named = {line.get_label() for line in panels[-1].lines}
+    for line in panels[-2].lines:
+        if line.get_label() not in named:  # it was not run at the last depth
+            x, y = line.get_xydata()[-1]
+            panels[-2].text(x, y - 0.05, line.get_label(), color=line.get_color(), size=8.5, ha="right", va="top")
+    return figure
 
 
 def table(results: dict) -> list[list[str]]:

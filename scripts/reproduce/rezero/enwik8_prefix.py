@@ -15,10 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
+from common.drawing import light_and_dark
 from common.record import FIGURES, RESULTS, read_json, save
-from hf_rezero.plots import save_figure
+from hf_rezero.picture import HEIGHT, WIDTH, Picture, label_lines
 
 
 SCRIPTS = Path(__file__).parents[2]
@@ -57,18 +56,18 @@ def collect(folder: Path) -> dict:
     return {key: figures[key] for key in keys} | {"curve_nats": curve, "resweight_mean_abs": sizes[-1]}
 
 
-def draw(results: dict, path: Path) -> None:
+@light_and_dark
+def draw(results: dict) -> Picture:
     """Training loss of each arm in bits per byte, by the time on 2 cores."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Picture(figsize=(WIDTH, HEIGHT))
     axes = figure.subplots()
     for arm, result in results["runs"].items():
         steps, nats = zip(*result["curve_nats"], strict=True)
         minutes = [step / result["train_steps_per_second"] / 60 for step in steps]
-        axes.plot(minutes, [x / math.log(2) for x in nats], label=f"{arm}: test {result['test_bpb']:.3f}", linewidth=1)
+        axes.plot(minutes, [x / math.log(2) for x in nats], label=f"{arm}: test {result['test_bpb']:.3f}")
     axes.set(xlabel="minutes", ylabel="training bits per byte", ylim=(1.5, 3.5))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(figure, path)
+    label_lines(axes)
+    return figure
 
 
 def table(results: dict) -> list[list[str]]:

@@ -20,14 +20,14 @@ from statistics import mean
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from common.drawing import GRAY, light_and_dark
 from common.images import NAMES, read_images
 from common.record import FIGURES, RESULTS, once, read_json, write_json
 from common.rules import PLAIN
 from hf_rezero import ReZeroMLPConfig, ReZeroMLPForImageClassification
-from hf_rezero.plots import save_figure
+from hf_rezero.picture import HEIGHT, WIDTH, Picture, label_lines, plot_seeds
 
 
 # the residual net has the smaller weights of the official code
@@ -120,15 +120,15 @@ def run_all(args: argparse.Namespace) -> dict:
     return results
 
 
-def draw(results: dict, path: Path) -> None:
+@light_and_dark
+def draw(results: dict) -> Picture:
     """Training loss by step: the rules at 32 layers, and ReZero by depth."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    figure = Picture(figsize=(1.6 * WIDTH, HEIGHT))
     left, right = figure.subplots(1, 2)
     for color, (rule, best) in enumerate(results["best"].items()):
-        for seed in range(len(best["loss"])):
-            curve = results["runs"][key_of(results, rule, seed)]["loss"]
-            label = f"{rule}, lr {best['learning_rate']:g}" if seed == 0 else None
-            left.plot(STRIDE * np.arange(1, len(curve) + 1), curve, f"C{color}", linewidth=1, label=label)
+        curves = [results["runs"][key_of(results, rule, seed)]["loss"] for seed in range(len(best["loss"]))]
+        label = f"{rule}, lr {best['learning_rate']:g}"
+        plot_seeds(left, STRIDE * np.arange(1, len(curves[0]) + 1), curves, color=f"C{color}", label=label)
     left.set(title="32 layers x 256", ylim=(0, 2.6))
     for key, run in results["runs"].items():
         layers, rule = key.split(" | ")[:2]
@@ -137,11 +137,10 @@ def draw(results: dict, path: Path) -> None:
             right.plot(STRIDE * np.arange(1, len(run["loss"]) + 1), run["loss"], style, label=f"{layers}, {rule}")
     right.set(title="x 150, by number of layers", ylim=(1.4, 3.2))
     for axes in (left, right):
-        axes.axhline(math.log(10), color="gray", linestyle=":")
+        axes.axhline(math.log(10), color=GRAY, linestyle=":", label="guessing")
         axes.set(xlabel=f"step of {BATCH} pictures", ylabel="training loss, nats")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    save_figure(figure, path)
+        label_lines(axes)
+    return figure
 
 
 def table(results: dict) -> list[list[str]]:

@@ -11,12 +11,12 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from common.byte_lm import add_arguments, run_grid, train
 from common.curves import byte_models
+from common.drawing import light_and_dark
 from common.record import FIGURES, RESULTS
-from hf_rezero.plots import save_figure
+from hf_rezero.picture import HEIGHT, WIDTH, Picture, label_lines, plot_seeds
 
 
 def stages(passes: int, depth: int) -> dict[str, list[tuple[int, int]]]:
@@ -34,20 +34,19 @@ def stages(passes: int, depth: int) -> dict[str, list[tuple[int, int]]]:
     }
 
 
-def draw(results: dict, path: Path) -> None:
-    """Training loss by layer passes, one line for each seed."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+@light_and_dark
+def draw(results: dict) -> Picture:
+    """Training loss by layer passes, mean and band of the seeds."""
+    figure = Picture(figsize=(WIDTH, HEIGHT))
     axes = figure.subplots()
     for color, (arm, best) in enumerate(results["best"].items()):
-        for seed in range(len(best["test"])):
-            curve = np.array(results["runs"][f"{arm} | lr={best['learning_rate']:g} | seed={seed}"]["curve"])
-            smooth = np.convolve(curve[:, 2], np.ones(5) / 5, mode="valid")
-            name = f"{arm}: test {best['mean']:.3f}" if seed == 0 else None
-            axes.plot(curve[4:, 0], smooth, f"C{color}", linewidth=1, label=name)
+        keys = [f"{arm} | lr={best['learning_rate']:g} | seed={seed}" for seed in range(len(best["test"]))]
+        runs = [np.array(results["runs"][key]["curve"]) for key in keys]
+        smooth = [np.convolve(run[:, 2], np.ones(5) / 5, mode="valid") for run in runs]
+        plot_seeds(axes, runs[0][4:, 0], smooth, color=f"C{color}", label=f"{arm}: test {best['mean']:.3f}")
     axes.set(xlabel="layer passes", ylabel="training bits per byte, mean of 50 steps", ylim=(None, 5))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    save_figure(figure, path)
+    label_lines(axes)
+    return figure
 
 
 def table(results: dict) -> list[list[str]]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.drawing import light_and_dark
 from common.first_steps import batches, byte_model, steps
 from common.record import FIGURES, RESULTS, read_json, save
 from common.rules import PLAIN
@@ -26,6 +27,7 @@ from hf_rezero.data.corpora import Corpus
 from hf_rezero.data.windows import ByteDataset, collate_bytes
 from hf_rezero.diagnostics.jacobian import jacobian_spectrum
 from hf_rezero.diagnostics.resweights import resweight_profile
+from hf_rezero.picture import Picture
 from hf_rezero.plots import plot_jacobian
 
 
@@ -171,7 +173,8 @@ def describe(found: dict) -> str:
     )
 
 
-def draw(results: dict, path: Path) -> None:
+@light_and_dark
+def draw(results: dict) -> Picture:
     """The depths in the first row, the steps of training in the second."""
     panels = {
         f"{d} layers, at initialisation": {
@@ -183,7 +186,7 @@ def draw(results: dict, path: Path) -> None:
         panels[f"{results['settings']['layers']} layers, {step} training steps"] = {
             arm: runs[str(step)]["order_statistics"] for arm, runs in results["training"].items()
         }
-    plot_jacobian(panels, path)
+    return plot_jacobian(panels)
 
 
 def table(results: dict) -> list[list[str]]:

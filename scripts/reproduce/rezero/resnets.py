@@ -16,14 +16,15 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from common.drawing import light_and_dark
 from common.images import BATCH, HELP, accuracy, augment, final_error, standardized
 from common.record import FIGURES, RESULTS, once, read_json, write_json
 from common.rules import PLAIN_RESNET
 from hf_rezero import ReZeroResNetConfig, ReZeroResNetForImageClassification, param_groups
-from hf_rezero.plots import save_figure
+from hf_rezero.picture import Picture, label_lines, plot_seeds
 
 
 ARMS = {"ReZero": {}, "plain": PLAIN_RESNET, "zero gamma": {"zero_init_residual": True, **PLAIN_RESNET}}
@@ -92,21 +93,23 @@ def run_all(args: argparse.Namespace) -> dict:
     return results
 
 
-def draw(results: dict, path: Path) -> None:
-    """Accuracy by epoch, one panel for each net, one line for each seed."""
+@light_and_dark
+def draw(results: dict) -> Picture:
+    """Accuracy by epoch, one panel for each net, mean and band of the seeds."""
     nets = list(dict.fromkeys(key.split(" | ")[0] for key in results["best"]))
-    figure = Figure(figsize=(4.5 * len(nets), 3.8), layout="constrained")
+    figure = Picture(figsize=(4.2 * len(nets), 3.6))
     for axes, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
         for color, arm in enumerate(ARMS):
             best = results["best"].get(f"{net} | {arm}", {"error": []})
-            for seed in range(len(best["error"])):
-                curve = results["runs"][f"{net} | {arm} | lr={best['learning_rate']:g} | seed={seed}"]["accuracy"]
-                label = f"{arm}, lr {best['learning_rate']:g}" if seed == 0 else None
-                axes.plot(range(1, len(curve) + 1), curve, f"C{color}", linewidth=1, label=label)
+            keys = [f"{net} | {arm} | lr={best['learning_rate']:g} | seed={s}" for s in range(len(best["error"]))]
+            curves = [results["runs"][key]["accuracy"] for key in keys]
+            if curves:
+                label = f"{arm}, lr {best['learning_rate']:g}"
+                plot_seeds(axes, range(1, len(curves[0]) + 1), curves, color=f"C{color}", label=label)
         axes.set(title=net, xlabel="epoch", ylabel="test accuracy, %")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    save_figure(figure, path)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        label_lines(axes)
+    return figure
 
 
 def table(results: dict) -> list[list[str]]:
