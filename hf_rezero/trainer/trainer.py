@@ -33,6 +33,7 @@ from .finite import FiniteTrainer, readable
 from .folder import check_writable, locked
 from .gradinit import GradInitConfig, run_gradinit, state_file
 from .processes import names_lost_processes
+from .progress import show_bits
 from .pruning import PruningConfig, PruningTrainer
 from .pushing import PushingTrainer
 from .sharding import ShardedTrainer, unsharded_class
@@ -63,7 +64,7 @@ class ReZeroTrainer(
     - A model whose `forward` knows `skip_logits` trains without them, on the loss in chunks; label smoothing and loss
       functions of the caller get the logits still.
     - Label smoothing shifts the labels of every causal language model, not only of those that transformers lists.
-    - Training logs gain `resweight_mean_abs` and `resweight_max_abs`.
+    - Training logs gain `resweight_mean_abs` and `resweight_max_abs`; the progress bar of a byte model says bits per byte.
     - A data set with `set_epoch` hears of each new epoch, also when its loader is sharded over processes.
     - `train(resume_from_checkpoint=True)` resumes from the last checkpoint that is whole: each ends with a manifest of its
       files. One without optimizer or scheduler is resumed from only with `resume_weights_only`.
@@ -119,6 +120,8 @@ class ReZeroTrainer(
             )
         if self.label_smoother is not None and self._is_causal_lm:
             self.label_smoother = partial(self.label_smoother, shift_labels=True)
+        if self._is_causal_lm and self.distillation is None:
+            show_bits(self)
         self.add_callback(_TellEpoch)
         self.add_callback(_WarnOfBlockedBranches)
 
