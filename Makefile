@@ -11,7 +11,7 @@ DOCS := .venv-docs
 CONTRACT := tests/test_versions.py tests/test_compat*.py tests/models tests/trainer tests/pruning tests/rewrite \
 	tests/publish/test_push.py tests/commands/test_clm.py
 
-.PHONY: install quickstart test test-fast test-newest contract test-all test-oldest test-hf lint quality style tables docs
+.PHONY: install quickstart test test-fast test-newest contract test-all test-oldest test-hf lint quality style tables notebooks docs
 
 install: $(VENV)/installed
 
@@ -74,6 +74,10 @@ style: install
 # Result files -> the tables of the README and of docs/, and the figures.
 tables: install
 	$(BIN)/python scripts/reproduce/render.py
+
+# Runs the notebooks and writes their outputs into them.
+notebooks: install
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/run_notebooks.py docs/notebooks/*.ipynb
 
 # The site in site/, strictly: no warning, no dead link. Its environment reads the sources and needs neither torch nor this package.
 docs: $(DOCS)/installed

@@ -241,7 +241,7 @@ def plot_jacobian(
     edges = _edges(min(pooled), max(pooled))
     names = list(dict.fromkeys(name for variants in logs.values() for name in variants))
     rows, columns = math.ceil(len(logs) / columns), min(len(logs), columns)
-    picture = Picture(figsize=(2.4 + 2.6 * columns, 1 + 2.3 * rows))
+    picture = Picture(figsize=(max(WIDTH, 2.4 + 2.6 * columns), 1 + max(2.3 * rows, 3)))
     grid = picture.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes, (title, variants) in zip(grid.flat, logs.items(), strict=False):
         for name, values in variants.items():
