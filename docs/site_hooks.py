@@ -1,4 +1,4 @@
-"""What the site adds to the pages of `docs`: the texts of the repository's root, and figures and result files.
+"""What the site adds to the pages of `docs`: the texts of the repository's root, model cards, figures and result files.
 
 The pages link to other files of the repository by relative paths, which work wherever the repository is browsed. Here the
 links to files that the site has are turned to them, and those to other files, such as modules, become plain text. A link to
@@ -26,6 +26,7 @@ PAGES = {
     "SECURITY.md": "contributing/security.md",
 }
 ASSETS = {"scripts/reproduce/figures": "results/figures", "scripts/reproduce/results": "results/files"}
+CARDS = "model_cards"  # with their pictures
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 CODE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 
@@ -35,11 +36,15 @@ def places() -> dict[str, str]:
     found = dict(PAGES)
     for folder, target in ASSETS.items():
         found |= {f"{folder}/{path.name}": f"{target}/{path.name}" for path in sorted((ROOT / folder).iterdir())}
+    for path in sorted((ROOT / CARDS).rglob("*.png")):
+        found[path.relative_to(ROOT).as_posix()] = path.relative_to(ROOT).as_posix()
+    for path in sorted((ROOT / CARDS).glob("*/README.md")):
+        found[path.relative_to(ROOT).as_posix()] = f"{CARDS}/{path.parent.name}/index.md"
     return found
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the files of the root, the figures and the result files."""
+    """Add the files of the root, the model cards, the figures and the result files."""
     for source, target in places().items():
         path = ROOT / source
         if target.endswith(".md"):

@@ -81,10 +81,14 @@ class Picture(Figure):
     def save(self, path: str | os.PathLike) -> None:
         """Write a PNG, whole or not at all."""
         with written_whole(path) as temporary:
-            temporary.write_bytes(self._repr_png_())
+            temporary.write_bytes(self.png())
 
     def _repr_png_(self) -> bytes:
         """What IPython shows."""
+        return self.png()
+
+    def png(self) -> bytes:
+        """The content of a PNG file."""
         with rc_context(self.look):
             self.set_dpi(self.look["savefig.dpi"])
             FigureCanvasAgg(self).print_png(file := io.BytesIO())

@@ -448,3 +448,8 @@ def test_the_cards_of_this_repository_are_what_their_runs_measured(card, tmp_pat
     assert not re.search(r"(?<![\w.])/(home|root|work|tmp|usr|mnt|data)/", card.read_text())
     record = json.loads((folder / "run.json").read_text())
     assert RunRecord.from_dict(record).to_dict() == record
+
+
+def test_the_gallery_shows_every_card():
+    gallery = (Path(__file__).parents[2] / "docs" / "gallery.md").read_text()
+    assert CARDS and all(f"(../model_cards/{card.parent.name}/README.md)" in gallery for card in CARDS)
