@@ -157,7 +157,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         trainer,
         checkpoint,
         predict=lambda: predict_and_save(
-            trainer, datasets["test"], classes, has_labels=datasets["test"].labels is not None
+            trainer,
+            datasets["test"],
+            lambda logits: [classes[i] for i in logits.argmax(-1)],
+            has_labels=datasets["test"].labels is not None,
         ),
         tasks="image-classification",
         dataset=data_args.dataset_name or data_args.train_dir or data_args.train_file,

@@ -1,30 +1,33 @@
-"""Train or evaluate a classifier of texts, read as bytes.
+"""Train or evaluate a classifier of texts, read as bytes or in the tokens of any tokenizer.
 
     hf-rezero classify-texts --dataset_name stanfordnlp/sst2 --output_dir outputs/sst2 --do_train --do_eval \
         --config_overrides num_hidden_layers=6,hidden_size=128 --num_train_epochs 3 --learning_rate 1e-3
     hf-rezero classify-texts --train_file train.tsv.xz --validation_file dev.tsv --test_file test.tsv \
         --model_name_or_path outputs/mlm --output_dir outputs/mine --do_train --do_eval --do_predict
+    hf-rezero classify-texts --task_name stsb --tokenizer_name outputs/bpe --output_dir outputs/stsb --do_train --do_eval
 
-Files are .tsv, .csv, .json or .jsonl, also compressed, with a column of texts and, but for testing, one of labels. A
-new model is a bidirectional encoder; `--model_name_or_path` starts from what `hf-rezero mlm`, `hf-rezero clm` or this script
+Files are .tsv, .csv, .json or .jsonl, also compressed, with a column of texts and, but for testing, one of labels: classes,
+fractions for a regression, or lists of classes of which a text may have several. `--text_pair_column_name` names a second
+text of each row. A new model is a bidirectional encoder; `--model_name_or_path` starts from what `hf-rezero mlm`, `hf-rezero clm` or this script
 left. Beside the checkpoint a finished run leaves `all_results.json`, `training.png` and `resweights.png`, and
 `--do_predict` leaves `predict_results.txt`, one `index<TAB>label` for every text.
 """
 
 import csv
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
 
 from .. import ReZeroTrainer, ReZeroTrainingArguments
 from ..data.tables import load_table
 from . import summary
 from .entry import run_command
+from .labels import Labels, has_labels, labels_of, with_metric
 from .running import (
-    ModelArguments,
-    accuracy,
+    TextModelArguments,
     check_output_dir,
     check_purpose,
     choose_tokenizer,
@@ -43,14 +46,38 @@ READERS = {
     ".jsonl": ("json", {}),
 }
 COMPRESSED = (".xz", ".gz", ".bz2", ".zip")
-NO_LABEL = {-1, None, ""}  # -1 is what GLUE writes in place of the labels of its test sets
 SPLIT_SEED = 0
+# the columns of texts of each task of GLUE
+TASKS = {
+    "cola": ("sentence", None),
+    "mnli": ("premise", "hypothesis"),
+    "mrpc": ("sentence1", "sentence2"),
+    "qnli": ("question", "sentence"),
+    "qqp": ("question1", "question2"),
+    "rte": ("sentence1", "sentence2"),
+    "sst2": ("sentence", None),
+    "stsb": ("sentence1", "sentence2"),
+    "wnli": ("sentence1", "sentence2"),
+}
+GLUE = "nyu-mll/glue"
+
+
+@dataclass
+class TextClassifierArguments(TextModelArguments):
+    """The model to train."""
+
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Start with a new classifier where a checkpoint has other classes."}
+    )
 
 
 @dataclass
 class DataArguments:
     """The texts and their labels."""
 
+    task_name: str | None = field(
+        default=None, metadata={"help": f"A task of GLUE: {', '.join(TASKS)}; in place of a data set and its columns."}
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "A `datasets` name or folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     train_file: str | None = field(default=None, metadata={"help": ".tsv .csv .json .jsonl, also .xz .gz .bz2 .zip."})
@@ -63,8 +90,16 @@ class DataArguments:
         },
     )
     text_column_name: str = field(default="sentence", metadata={"help": "Column of the texts."})
-    label_column_name: str = field(default="label", metadata={"help": "Column of the labels, numbers or names."})
-    max_seq_length: int = field(default=512, metadata={"help": "Texts are cut after so many bytes."})
+    text_pair_column_name: str | None = field(default=None, metadata={"help": "Column of a second text, if any."})
+    label_column_name: str = field(
+        default="label", metadata={"help": "Column of the labels: numbers or names, fractions, or lists of names."}
+    )
+    metric_name: str | None = field(
+        default=None,
+        metadata={"help": "A module of `evaluate` to score with, beside our own metrics: a name or path."},
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again, whatever the cache holds."})
+    max_seq_length: int = field(default=512, metadata={"help": "Texts are cut after so many bytes or tokens."})
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad every batch to --max_seq_length, not to its longest text."}
     )
@@ -72,51 +107,80 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first so many evaluation rows."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use the first so many test rows."})
 
+    def __post_init__(self):
+        if self.task_name is None:
+            return
+        if self.task_name not in TASKS or self.dataset_name or self.train_file:
+            raise ValueError(
+                f"got --task_name {self.task_name}: expected one of {', '.join(TASKS)}, and no --dataset_name or --train_file."
+            )
+        self.dataset_name, self.dataset_config_name = GLUE, self.task_name
+        self.text_column_name, self.text_pair_column_name = TASKS[self.task_name]
+
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run what the arguments ask for and return the metrics."""
     model_args, data_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, ReZeroTrainingArguments), summary(__doc__), argv
+        (TextClassifierArguments, DataArguments, ReZeroTrainingArguments), summary(__doc__), argv
     )
     check_purpose(training_args)
     checkpoint = check_output_dir(training_args)
     set_seed(training_args.seed)
-    tokenizer = choose_tokenizer(model_args, data_args.max_seq_length)
-    tokenizer.padding_side = "right"  # so that positions count from the first byte of a text
+    tokenizer = classifying_tokenizer(model_args, data_args.max_seq_length)
     with training_args.main_process_first(desc="reading the texts"):
         tables = load_tables(data_args, model_args.cache_dir, model_args.token)
-        labels = label_names(tables["train"], data_args.label_column_name)
+        labels = labels_of(tables["train"], data_args.label_column_name)
         tables = cut_validation(tables, data_args.validation_split_percentage)
         parts = {
             part: encode(tables[part], part, data_args, labels, tokenizer)
             for part in needed_parts(training_args, tables)
         }
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    model = load_model(
+        model_args,
+        AutoModelForSequenceClassification,
+        data_args.max_seq_length,
+        tokenizer,
+        is_causal=False,
+        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
+        **labels.config(),
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last token before it
     trainer = ReZeroTrainer(
-        load_model(
-            model_args,
-            AutoModelForSequenceClassification,
-            data_args.max_seq_length,
-            tokenizer,
-            is_causal=False,
-            **names,
-        ),
+        model,
         training_args,
         data_collator=DataCollatorWithPadding(tokenizer, "max_length" if data_args.pad_to_max_length else "longest"),
         train_dataset=parts.get("train"),
         eval_dataset=parts.get("validation"),
         processing_class=tokenizer,
-        compute_metrics=accuracy,
+        compute_metrics=with_metric(labels, data_args.metric_name),
     )
     return run_and_publish(
         trainer,
         checkpoint,
         predict=lambda: predict_and_save(
-            trainer, parts["test"], labels, has_labels="labels" in parts["test"].column_names
+            trainer, parts["test"], labels.decode, has_labels="labels" in parts["test"].column_names
         ),
         tasks="text-classification",
         dataset=data_args.dataset_name or data_args.train_file,
     )
+
+
+def classifying_tokenizer(args: TextModelArguments, length: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run, which pads on the right, so that positions count from the first token of a text.
+
+    Raises:
+        ValueError: It has nothing to pad with.
+    """
+    tokenizer = choose_tokenizer(args, length)
+    tokenizer.model_max_length, tokenizer.padding_side = length, "right"
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} of {len(tokenizer)} tokens has neither a padding nor an end token: set "
+            f"tokenizer.pad_token, and save it."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_tables(args: DataArguments, cache_dir: str | None, token: str | None) -> dict[str, Dataset]:
@@ -126,6 +190,8 @@ def load_tables(args: DataArguments, cache_dir: str | None, token: str | None) -
     tables = {}
     if args.dataset_name:
         tables |= load_table(args.dataset_name, args.dataset_config_name, cache_dir=cache_dir, token=token)
+    if args.task_name == "mnli":
+        tables |= {part: tables[f"{part}_matched"] for part in ("validation", "test")}
     files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
     tables |= {part: read_file(file, cache_dir) for part, file in files.items() if file}
     if "train" not in tables:
@@ -146,37 +212,22 @@ def read_file(path: str, cache_dir: str | None) -> Dataset:
 
 def check_columns(table: Dataset, part: str, args: DataArguments) -> None:
     """Refuse a table without the columns of texts and labels, or with texts that are none."""
-    text, label = args.text_column_name, args.label_column_name
-    for option, name in (("text", text), ("label", label)):
+    texts = {"text": args.text_column_name, "text_pair": args.text_pair_column_name}
+    texts = {option: name for option, name in texts.items() if name}
+    for option, name in {**texts, "label": args.label_column_name}.items():
         if name not in table.column_names and (part, option) != ("test", "label"):
             raise ValueError(
                 f"the {part} part has no column {name!r}, only {', '.join(table.column_names)}: "
                 f"name the right one with --{option}_column_name."
             )
-    if getattr(table.features[text], "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"column {text!r} of the {part} part is not text but {table.features[text]}.")
-    missing = table.data.column(text).null_count
-    if missing:
-        raise ValueError(f"{missing} rows of the {part} part have no text in column {text!r}: remove or fill them.")
-
-
-def label_names(table: Dataset, column: str) -> list[str]:
-    """The names of the classes, in the order of their ids: the sorted order of what the column holds."""
-    feature = table.features[column]
-    if not getattr(feature, "dtype", "").startswith(("int", "uint", "bool", "string", "large_string")):
-        raise ValueError(f"column {column!r} holds {feature}: labels are whole numbers or names.")
-    values = table.unique(column)
-    if None in values or "" in values:
-        raise ValueError(f"some training rows have no label in column {column!r}: remove or fill them.")
-    if len(values) < 2:
-        raise ValueError(f"column {column!r} holds {len(values)} label, {values}: two are needed to tell apart.")
-    return [label_name(feature, value) for value in sorted(values)]
-
-
-def label_name(feature, value) -> str:
-    """The name of one label, by which parts of different origin understand each other."""
-    named = isinstance(feature, ClassLabel) and value not in NO_LABEL
-    return str(feature.int2str(value) if named else value)
+    for text in texts.values():
+        if getattr(table.features[text], "dtype", None) not in ("string", "large_string"):
+            raise ValueError(f"column {text!r} of the {part} part is not text but {table.features[text]}.")
+        missing = table.data.column(text).null_count
+        if missing:
+            raise ValueError(
+                f"{missing} rows of the {part} part have no text in column {text!r}: remove or fill them."
+            )
 
 
 def cut_validation(tables: dict[str, Dataset], percentage: float) -> dict[str, Dataset]:
@@ -197,41 +248,54 @@ def needed_parts(args: ReZeroTrainingArguments, tables: dict[str, Dataset]) -> l
     return [part for part, needed in needs.items() if needed]
 
 
-def encode(table: Dataset, part: str, args: DataArguments, labels: list[str], tokenizer) -> Dataset:
-    """Turn the first rows, as many as asked for, into bytes and the ids of their labels."""
+def encode(table: Dataset, part: str, args: DataArguments, labels: Labels, tokenizer) -> Dataset:
+    """Turn the first rows, as many as asked for, into tokens and the labels that a model learns."""
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_predict_samples}
     if limits[part] is not None:
         table = table.select(range(min(limits[part], len(table))))
     if not len(table):
         raise ValueError(f"the {part} part has no rows.")
-    text, label = args.text_column_name, args.label_column_name
+    label = args.label_column_name
     feature = table.features[label] if has_labels(table, part, label, labels) else None
 
     def convert(rows):
-        # a text without bytes still needs one token
-        ids = [ids or [tokenizer.bos_token_id] for ids in tokenizer(rows[text], truncation=True).input_ids]
-        encoded = {"input_ids": ids}
+        seconds = rows[args.text_pair_column_name] if args.text_pair_column_name else None
+        encoded = dict(tokenize(rows[args.text_column_name], seconds, tokenizer, args.max_seq_length))
         if feature is not None:
-            encoded["labels"] = [labels.index(label_name(feature, value)) for value in rows[label]]
+            encoded["labels"] = [labels.encode(feature, value) for value in rows[label]]
         return encoded
 
-    return table.map(convert, batched=True, remove_columns=table.column_names, desc=f"reading {part}")
+    options = {"load_from_cache_file": not args.overwrite_cache, "remove_columns": table.column_names}
+    return table.map(convert, batched=True, desc=f"reading {part}", **options)
 
 
-def has_labels(table: Dataset, part: str, column: str, labels: list[str]) -> bool:
-    """Whether the rows have labels; those of a test part may be missing or hidden."""
-    if column not in table.column_names:
-        return False
-    values = table.unique(column)
-    unknown = {label_name(table.features[column], value) for value in values} - set(labels)
-    if unknown and part == "test" and NO_LABEL.issuperset(values):
-        return False
-    if unknown:
-        raise ValueError(
-            f"the {part} part has the labels {', '.join(sorted(unknown))}, which the training rows do not have: "
-            f"those are {', '.join(labels)}."
-        )
-    return True
+def tokenize(texts: list[str], seconds: list[str] | None, tokenizer, length: int) -> dict[str, list]:
+    """The inputs of texts, or of pairs of them, cut to a length.
+
+    A tokenizer that has a form of its own for pairs gives them that. Without one, as bytes are, the separator or the
+    end token stands between the two, the longer of which is cut.
+    """
+    if seconds is None:
+        encoded = tokenizer(texts, truncation=True, max_length=length)
+    elif tokenizer.num_special_tokens_to_add(pair=True):
+        encoded = tokenizer(texts, seconds, truncation=True, max_length=length)
+    else:
+        encoded = {"input_ids": list(_joined(texts, seconds, tokenizer, length))}
+    if any(not ids for ids in encoded["input_ids"]):  # a text without tokens still needs one
+        encoded = {"input_ids": [ids or [tokenizer.all_special_ids[0]] for ids in encoded["input_ids"]]}
+    return encoded
+
+
+def _joined(texts: list[str], seconds: list[str], tokenizer, length: int) -> Iterator[list[int]]:
+    separator = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    if separator is None:
+        raise ValueError(f"{type(tokenizer).__name__} has no separator and no end token to put between two texts.")
+    for text, second in zip(texts, seconds, strict=True):
+        a, b = (tokenizer(one, add_special_tokens=False, verbose=False).input_ids for one in (text, second))
+        room = length - 1
+        longest = max(room - min(len(a), len(b)), (room + 1) // 2)
+        a = a[:longest]
+        yield [*a, separator, *b[: room - len(a)]]
 
 
 if __name__ == "__main__":

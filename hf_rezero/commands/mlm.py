@@ -23,7 +23,7 @@ from ..data.windows import collate_bytes
 from . import summary
 from .entry import run_command
 from .running import (
-    ModelArguments,
+    TextModelArguments,
     check_output_dir,
     check_purpose,
     choose_tokenizer,
@@ -53,7 +53,7 @@ class MaskedDataArguments(DataArguments):
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run what the arguments ask for and return the metrics."""
     model_args, data_args, training_args = parse_arguments(
-        (ModelArguments, MaskedDataArguments, ReZeroTrainingArguments), summary(__doc__), argv
+        (TextModelArguments, MaskedDataArguments, ReZeroTrainingArguments), summary(__doc__), argv
     )
     check_purpose(training_args)
     checkpoint = check_output_dir(training_args)

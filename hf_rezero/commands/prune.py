@@ -54,7 +54,7 @@ from ..trainer.flags import read_flags
 from . import summary
 from .entry import run_command
 from .running import (
-    ModelArguments,
+    TextModelArguments,
     check_output_dir,
     check_sizes,
     choose_tokenizer,
@@ -108,7 +108,7 @@ class Data:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run what the arguments ask for and return the metrics."""
     model_args, data_args, prune_args, args = parse_arguments(
-        (ModelArguments, DataArguments, PruneArguments, ReZeroTrainingArguments), summary(__doc__), argv
+        (TextModelArguments, DataArguments, PruneArguments, ReZeroTrainingArguments), summary(__doc__), argv
     )
     sparsities = check_arguments(model_args, prune_args, args)
     trains = args.do_train or args.max_steps > 0 or args.prune_method is not None
@@ -150,7 +150,7 @@ def prune(
     return metrics | run_and_publish(trainer, checkpoint, lambda: evaluate_and_save(trainer, data.test, TEST), **card)
 
 
-def check_arguments(model_args: ModelArguments, prune_args: PruneArguments, args) -> list[float]:
+def check_arguments(model_args: TextModelArguments, prune_args: PruneArguments, args) -> list[float]:
     """Refuse what does not go together, and return the sparsities of the curve."""
     if not model_args.model_name_or_path:
         raise ValueError("there is nothing to prune: name a checkpoint with --model_name_or_path.")
@@ -189,7 +189,7 @@ def check_sparsities(prune_args: PruneArguments, args) -> list[float]:
     return sorted(sparsities)
 
 
-def load_checkpoint(args: ModelArguments) -> PreTrainedModel:
+def load_checkpoint(args: TextModelArguments) -> PreTrainedModel:
     """The model to prune, also one that was pruned before."""
     folder = Path(args.model_name_or_path)
     own = read_json(folder / "config.json")
@@ -208,7 +208,7 @@ def load_checkpoint(args: ModelArguments) -> PreTrainedModel:
     return model
 
 
-def load_data(args: DataArguments, model_args: ModelArguments, config, progress: bool) -> Data:
+def load_data(args: DataArguments, model_args: TextModelArguments, config, progress: bool) -> Data:
     """The windows of the corpus, in the tokens of the checkpoint."""
     tokenizer = choose_tokenizer(model_args, args.block_size)
     check_sizes(config, tokenizer, args.block_size)
@@ -224,7 +224,9 @@ def load_data(args: DataArguments, model_args: ModelArguments, config, progress:
     )
 
 
-def teacher_of(model_args: ModelArguments, args: ReZeroTrainingArguments, trains: bool) -> DistillationConfig | None:
+def teacher_of(
+    model_args: TextModelArguments, args: ReZeroTrainingArguments, trains: bool
+) -> DistillationConfig | None:
     """Whom the model learns from while it trains: the dense model, unless `--distill_from` names another or none."""
     if not trains:
         args.distill_from = NO_TEACHER

@@ -51,13 +51,6 @@ class ModelArguments:
     model_type: str = field(
         default="rezero", metadata={"help": "Architecture of a new model: rezero, gpt2, llama ..."}
     )
-    tokenizer_name: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub name of a tokenizer; default: the checkpoint's, or the bytes of the text."},
-    )
-    use_fast_tokenizer: bool = field(
-        default=True, metadata={"help": "Use a tokenizer of the `tokenizers` library, where there is one."}
-    )
     config_name: str | None = field(default=None, metadata={"help": "Folder or Hub name of a config for a new model."})
     config_overrides: str | None = field(
         default=None, metadata={"help": "Config of a new model: name=value,name=value. Derived fields follow."}
@@ -75,6 +68,19 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Revision of the Hub repository."})
     token: str | None = field(default=None, metadata={"help": "Hub token; default: the stored one."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run modelling code of the Hub repository."})
+
+
+@dataclass
+class TextModelArguments(ModelArguments):
+    """The model to train, and whose tokens it reads."""
+
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub name of a tokenizer; default: the checkpoint's, or the bytes of the text."},
+    )
+    use_fast_tokenizer: bool = field(
+        default=True, metadata={"help": "Use a tokenizer of the `tokenizers` library, where there is one."}
+    )
 
 
 def parse_arguments(dataclass_types: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
@@ -168,6 +174,7 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     is_causal: bool,
+    ignore_mismatched_sizes: bool = False,
     **config_values,
 ) -> PreTrainedModel:
     """Load a checkpoint, or make a new model, that reads `length` tokens in the class that `auto_class` finds.
@@ -178,6 +185,7 @@ def load_model(
         length: Tokens of the longest input.
         tokenizer: Whose tokens it reads; the vocabulary of a new model follows it. Default: that of bytes.
         is_causal: Whether a new model is a decoder; a checkpoint knows what it is.
+        ignore_mismatched_sizes: Start with new tensors where those of a checkpoint have other sizes.
         config_values: Values for the config of either, such as the names of labels.
 
     Raises:
@@ -189,12 +197,13 @@ def load_model(
     if not args.model_name_or_path:
         config_values["is_causal"] = is_causal
     shape = {"vocab_size": math.ceil(_vocabulary(tokenizer) / 8) * 8, **special}
-    model = load_any_model(args, auto_class, shape, **config_values)
+    options = {"ignore_mismatched_sizes": ignore_mismatched_sizes}
+    model = load_any_model(args, auto_class, shape, load_options=options, **config_values)
     check_sizes(model.config, tokenizer, length)
     return model
 
 
-def choose_tokenizer(args: ModelArguments, length: int) -> PreTrainedTokenizerBase:
+def choose_tokenizer(args: TextModelArguments, length: int) -> PreTrainedTokenizerBase:
     """The tokenizer of `--tokenizer_name`, else the one beside the checkpoint, else that of bytes.
 
     Raises:
@@ -231,7 +240,7 @@ def check_overrides(args: ModelArguments) -> None:
         raise ValueError("--config_overrides shapes a new model: leave out --config_name and --model_name_or_path.")
 
 
-def load_tokenizer(args: ModelArguments, name: str) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(args: TextModelArguments, name: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a folder or repository, or None."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=args.use_fast_tokenizer, **_hub(args))
@@ -470,11 +479,14 @@ def likeliest(predictions) -> np.ndarray:
     return (predictions[0] if isinstance(predictions, tuple) else predictions).argmax(-1)
 
 
-def predict_and_save(trainer: Trainer, dataset, names: Sequence[str], *, has_labels: bool) -> dict[str, float]:
-    """Write the name of the likeliest label of every example, and return the metrics if the right ones are known."""
+def predict_and_save(
+    trainer: Trainer, dataset, decode: Callable[[np.ndarray], Sequence[str]], *, has_labels: bool
+) -> dict[str, float]:
+    """Write the label of every example, by what `decode` makes of logits, and return the metrics if labels are known."""
     output = trainer.predict(dataset)
     if trainer.is_world_process_zero():
-        rows = [f"{index}\t{names[i]}\n" for index, i in enumerate(likeliest(output.predictions))]
+        logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+        rows = [f"{index}\t{word}\n" for index, word in enumerate(decode(logits))]
         write_text(Path(trainer.args.output_dir, "predict_results.txt"), "index\tprediction\n" + "".join(rows))
     if not has_labels:
         return {}
