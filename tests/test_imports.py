@@ -54,7 +54,7 @@ RULES = {
         },
     ),
     "commands": (
-        {"torch", "numpy", "transformers", "datasets", "evaluate", "yaml", "tqdm", "PIL", "huggingface_hub"},
+        {"torch", "numpy", "transformers", "datasets", "evaluate", "peft", "yaml", "tqdm", "PIL", "huggingface_hub"},
         {
             "data",
             "diagnostics",

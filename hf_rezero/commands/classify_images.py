@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
         (ImageModelArguments, DataArguments, ReZeroTrainingArguments), summary(__doc__), argv
     )
-    check_purpose(training_args)
+    check_purpose(training_args, model_args)
     checkpoint = check_output_dir(training_args)
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="reading the images"):

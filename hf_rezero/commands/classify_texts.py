@@ -26,6 +26,7 @@ from ..data.tables import load_table
 from . import summary
 from .entry import run_command
 from .labels import Labels, has_labels, labels_of, with_metric
+from .lora import AdaptedModelArguments, with_adapters
 from .running import (
     TextModelArguments,
     check_output_dir,
@@ -63,7 +64,7 @@ GLUE = "nyu-mll/glue"
 
 
 @dataclass
-class TextClassifierArguments(TextModelArguments):
+class TextClassifierArguments(AdaptedModelArguments):
     """The model to train."""
 
     ignore_mismatched_sizes: bool = field(
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(
         (TextClassifierArguments, DataArguments, ReZeroTrainingArguments), summary(__doc__), argv
     )
-    check_purpose(training_args)
+    check_purpose(training_args, model_args)
     checkpoint = check_output_dir(training_args)
     set_seed(training_args.seed)
     tokenizer = classifying_tokenizer(model_args, data_args.max_seq_length)
@@ -145,6 +146,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         **labels.config(),
     )
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last token before it
+    model = with_adapters(model, model_args, "SEQ_CLS")
     trainer = ReZeroTrainer(
         model,
         training_args,
@@ -283,7 +285,7 @@ def tokenize(texts: list[str], seconds: list[str] | None, tokenizer, length: int
         encoded = {"input_ids": list(_joined(texts, seconds, tokenizer, length))}
     if any(not ids for ids in encoded["input_ids"]):  # a text without tokens still needs one
         encoded = {"input_ids": [ids or [tokenizer.all_special_ids[0]] for ids in encoded["input_ids"]]}
-    return encoded
+    return {name: values for name, values in encoded.items() if name != "attention_mask"}  # which padding makes
 
 
 def _joined(texts: list[str], seconds: list[str], tokenizer, length: int) -> Iterator[list[int]]:

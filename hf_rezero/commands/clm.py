@@ -16,8 +16,8 @@ from .. import ReZeroTrainer, ReZeroTrainingArguments
 from ..data.windows import collate_bytes
 from . import summary
 from .entry import run_command
+from .lora import AdaptedModelArguments, with_adapters
 from .running import (
-    TextModelArguments,
     check_output_dir,
     check_purpose,
     choose_tokenizer,
@@ -32,13 +32,14 @@ from .texts import DataArguments, load_windows, scored_windows, source_of, train
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run what the arguments ask for and return the metrics."""
     model_args, data_args, training_args = parse_arguments(
-        (TextModelArguments, DataArguments, ReZeroTrainingArguments), summary(__doc__), argv
+        (AdaptedModelArguments, DataArguments, ReZeroTrainingArguments), summary(__doc__), argv
     )
-    check_purpose(training_args)
+    check_purpose(training_args, model_args)
     checkpoint = check_output_dir(training_args)
     set_seed(training_args.seed)
     tokenizer = choose_tokenizer(model_args, data_args.block_size)
     model = load_model(model_args, AutoModelForCausalLM, data_args.block_size, tokenizer, is_causal=True)
+    model = with_adapters(model, model_args, "CAUSAL_LM")
     with training_args.main_process_first(desc="reading the corpus"):
         texts, stream = load_windows(data_args, model_args, training_args, tokenizer)
     trainer = ReZeroTrainer(

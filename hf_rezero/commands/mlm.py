@@ -22,8 +22,8 @@ from ..data.streams import MaskedStream
 from ..data.windows import collate_bytes
 from . import summary
 from .entry import run_command
+from .lora import AdaptedModelArguments, with_adapters
 from .running import (
-    TextModelArguments,
     check_output_dir,
     check_purpose,
     choose_tokenizer,
@@ -53,9 +53,9 @@ class MaskedDataArguments(DataArguments):
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run what the arguments ask for and return the metrics."""
     model_args, data_args, training_args = parse_arguments(
-        (TextModelArguments, MaskedDataArguments, ReZeroTrainingArguments), summary(__doc__), argv
+        (AdaptedModelArguments, MaskedDataArguments, ReZeroTrainingArguments), summary(__doc__), argv
     )
-    check_purpose(training_args)
+    check_purpose(training_args, model_args)
     checkpoint = check_output_dir(training_args)
     set_seed(training_args.seed)
     tokenizer = choose_tokenizer(model_args, data_args.block_size)
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             f"give it one, tokenizer.add_special_tokens({{'mask_token': '<|mask|>'}}), and save it."
         )
     model = load_model(model_args, AutoModelForMaskedLM, data_args.block_size, tokenizer, is_causal=False)
+    model = with_adapters(model, model_args, None)
     with training_args.main_process_first(desc="reading the corpus"):
         texts, stream = load_windows(data_args, model_args, training_args, tokenizer)
 

@@ -325,15 +325,20 @@ def check_sizes(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, le
         )
 
 
-def check_purpose(args: ReZeroTrainingArguments) -> None:
-    """Refuse a run that would do nothing, and arguments that nothing would read.
+def check_purpose(args: ReZeroTrainingArguments, model_args: ModelArguments) -> None:
+    """Refuse a run that would do nothing, arguments that nothing would read, and GradInit of trained weights.
 
     Raises:
-        ValueError: None of --do_train, --do_eval and --do_predict, or --prune_*, --distill_* or --gradinit_* without what
+        ValueError: A checkpoint and --gradinit_steps, none of --do_train, --do_eval and --do_predict, or --prune_*, --distill_* or --gradinit_* without what
             turns it on.
     """
     if not (args.do_train or args.do_eval or args.do_predict):
         raise ValueError("there is nothing to do: give some of --do_train, --do_eval and --do_predict.")
+    if args.gradinit_steps and model_args.model_name_or_path:
+        raise ValueError(
+            f"GradInit finds the scales that new weights start from, and those of {model_args.model_name_or_path} are "
+            f"trained: leave out --gradinit_steps, or start a new model with --config_name."
+        )
     for prefix, switch, is_on in (
         ("prune_", "--prune_method l1 or l0", args.prune_method),
         ("distill_", "--distill_from", args.distill_from),

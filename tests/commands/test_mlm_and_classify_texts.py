@@ -25,6 +25,7 @@ from transformers import (
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, byte_tokenizer
 from hf_rezero.commands import classify_texts as run_classification
 from hf_rezero.commands import mlm as run_mlm
+from hf_rezero.commands.labels import Classes, labels_of
 from hf_rezero.commands.running import ModelArguments, load_model
 from hf_rezero.data.windows import collate_bytes
 
@@ -108,7 +109,7 @@ def test_mlm_learns_a_repetitive_text(mlm_run):
     before, *_, after = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
     assert before > 5 and after < before - 1
     for split in ("eval", "test"):
-        assert metrics[f"{split}_perplexity"] == pytest.approx(math.exp(metrics[f"{split}_loss"]))
+        assert metrics[f"{split}_perplexity"] == pytest.approx(math.exp(metrics[f"{split}_loss"]), rel=1e-5)
         assert results(folder)[f"{split}_perplexity"] == metrics[f"{split}_perplexity"]
     assert LEFT_BY_A_RUN | {"resweights.png"} <= {path.name for path in folder.iterdir()}
 
@@ -339,7 +340,7 @@ def test_a_data_set_with_named_classes_keeps_their_order(tmp_path):
     first, second = (tmp_path / "run" / "predict_results.txt").read_text().splitlines()[1:]
     assert first in ("0\tpos", "0\tneg") and second == f"1\t{first[2:]}"
     table = Dataset.from_dict(train, features)
-    assert run_classification.label_names(table, "label") == ["pos", "neg"]
+    assert labels_of(table, "label").names == ["pos", "neg"]
 
 
 def test_the_cut_for_validation_hangs_on_nothing_but_the_rows():
@@ -355,9 +356,9 @@ def test_the_cut_for_validation_hangs_on_nothing_but_the_rows():
 
 
 def test_texts_are_cut_and_counted(tables):
-    args = run_classification.DataArguments(max_train_samples=3)
+    args = run_classification.DataArguments(max_train_samples=3, max_seq_length=4)
     table = Dataset.from_dict({"sentence": ["abcdefgh", "é", "c", "d"], "label": [5, -1, 5, 5]})
-    encoded = run_classification.encode(table, "train", args, ["-1", "5"], byte_tokenizer(model_max_length=4))
+    encoded = run_classification.encode(table, "train", args, Classes(["-1", "5"]), byte_tokenizer())
     assert encoded.to_list() == [
         {"input_ids": list(b"abcd"), "labels": 1},
         {"input_ids": list("é".encode()), "labels": 0},
@@ -371,7 +372,6 @@ TSV = {
     "header.tsv": "sentence\tlabel\n",
     "empty.tsv": "",
     "numbers.tsv": "sentence\tlabel\n1\t0\n2\t1\n",
-    "floats.tsv": "sentence\tlabel\na\t0.5\nb\t1.5\n",
     "single.tsv": "sentence\tlabel\na\t0\nb\t0\n",
     "unlabelled.tsv": "sentence\tlabel\na\t0\nb\t\n",
     "broken.json": '{"sentence": ',
@@ -394,7 +394,6 @@ TSV = {
         ({"train_file": "broken.json"}, "broken.json is empty, or cannot be read as .json: JSON parse error"),
         ({"train_file": "null.jsonl"}, "1 rows of the train part have no text in column 'sentence'"),
         ({"train_file": "numbers.tsv"}, "column 'sentence' of the train part is not text but .*int64"),
-        ({"train_file": "floats.tsv"}, "column 'label' holds .*float64.*: labels are whole numbers or names"),
         ({"train_file": "single.tsv"}, r"column 'label' holds 1 label, \[0\]: two are needed"),
         ({"train_file": "unlabelled.tsv"}, "some training rows have no label in column 'label'"),
         ({"validation_file": "other.tsv"}, "validation part has the labels 7, .* those are 0, 1"),
