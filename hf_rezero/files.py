@@ -21,9 +21,9 @@ _DAY = 24 * 60 * 60
 
 @contextmanager
 def written_whole(target: str | os.PathLike) -> Iterator[Path]:
-    """A path to write, which takes the place of `target` when the block ends; an error leaves `target` as it was.
+    """Give a temporary path to write to; it replaces `target` when the block ends, and an error leaves `target` as it was.
 
-    Several processes may write the same file at a time. What killed ones have left in the folder is removed.
+    Several processes may write the same file at the same time. What killed ones have left in the folder is removed.
 
     Example:
         >>> import tempfile
@@ -102,7 +102,7 @@ def read_json(path: Path) -> dict:
     """The JSON object in a file, or nothing where there is none.
 
     Raises:
-        ValueError: The file is damaged, or holds something else than an object.
+        ValueError: The file is damaged, or holds something other than an object.
     """
     if not path.is_file():
         return {}

@@ -1,7 +1,7 @@
 """ReZero as plain torch modules: two Transformer layers and a residual wrapper for any module.
 
 ReZero (Bachlechner et al. 2020, arXiv:2003.04887, Table 1) multiplies the residual branch by one learned scalar,
-x_{i+1} = x_i + resweight_i * F_i(x_i), which is zero at start: a network of any depth begins as the identity.
+x_{i+1} = x_i + resweight_i * F_i(x_i), which is zero at the start: a network of any depth begins as the identity.
 """
 
 import math
@@ -106,21 +106,21 @@ class RZTXEncoderLayer(_RZTXLayer):
     """ReZero Transformer encoder layer: a drop-in for `nn.TransformerEncoderLayer` without LayerNorm.
 
     `x <- x + dropout(resweight * SelfAttn(x))`, then `x <- x + dropout(resweight * FFN(x))`, with
-    `FFN(x) = linear2(dropout(activation(linear1(x))))` and one `resweight`, zero at start, for both sublayers
+    `FFN(x) = linear2(dropout(activation(linear1(x))))` and one `resweight`, zero at the start, for both sublayers
     (Bachlechner et al. 2020, arXiv:2003.04887, Table 1 and the section on Transformers).
 
     Takes the state dict of the official layer (majumderb/rezero, PyPI rezero 0.1.0). In `nn.TransformerEncoder`
-    pass `enable_nested_tensor=False`: the nested-tensor fast path is that of LayerNorm layers, and torch warns that
-    it is not taken.
+    pass `enable_nested_tensor=False`: the nested-tensor fast path exists for LayerNorm layers only, and torch would
+    warn that it is not used.
 
     Args:
         d_model: features per token.
         nhead: attention heads; divides `d_model`.
         dim_feedforward: width of the feed-forward branch.
         dropout: probability in the attention weights, inside the feed-forward branch and on each branch.
-        activation: "relu", "gelu" or a function of one tensor (a module instance too).
+        activation: "relu", "gelu", or a function or module of one tensor.
         batch_first: tensors are (N, S, d_model) instead of (S, N, d_model).
-        device, dtype: of every parameter, `resweight` too. A bf16 `resweight` loses small updates; autocast keeps it fp32.
+        device, dtype: for every parameter, also `resweight`. A bf16 `resweight` loses small updates; autocast keeps it fp32.
 
     Raises:
         ValueError: a size is not a positive integer, `nhead` does not divide `d_model`, `dropout` is not in [0, 1]
@@ -154,7 +154,7 @@ class RZTXDecoderLayer(_RZTXLayer):
     """ReZero Transformer decoder layer: a drop-in for `nn.TransformerDecoderLayer` without LayerNorm.
 
     `x <- x + resweight * dropout(F(x))` for F = self-attention, attention to `memory`, feed-forward, with one
-    `resweight`, zero at start, for the three (Bachlechner et al. 2020, arXiv:2003.04887, Table 1).
+    `resweight`, zero at the start, for all three (Bachlechner et al. 2020, arXiv:2003.04887, Table 1).
 
     Takes the state dict of the official layer (majumderb/rezero, PyPI rezero 0.1.0). Arguments and errors are those
     of `RZTXEncoderLayer`; `memory` has `d_model` features as well.
@@ -198,8 +198,8 @@ class ReZero(nn.Module):
     tuple, its first element is the branch and the others are passed on.
 
     `resweight` has shape (1,) and is created in fp32 on the device of the module; forward casts it to the dtype of the
-    branch. The module must not change x in place, and its output must not be zero at start: a branch that ends in
-    zero weights gets no gradient while `resweight` is zero, nor does `resweight`.
+    branch. The module must not change x in place, and its output must not be zero at the start: while `resweight`
+    is zero, neither `resweight` nor a branch that ends in zero weights gets a gradient.
 
     Args:
         module: the branch, of any input shape.
@@ -239,7 +239,7 @@ class ReZero(nn.Module):
         if branch.shape != x.shape:
             raise ValueError(
                 f"{type(self.module).__name__} must keep the shape of its input, got {tuple(x.shape)} -> "
-                f"{tuple(branch.shape)}; broadcasting is not allowed, make the last layer give the input shape"
+                f"{tuple(branch.shape)}; broadcasting is not allowed: make the last layer return the shape of the input"
             )
         y = x + _gated(branch, self.resweight)
         return (y, *rest) if isinstance(out, tuple) else y

@@ -1,4 +1,4 @@
-"""Metrics for `evaluate`. Each is a folder that needs nothing of this library, and can be pushed as a Space."""
+"""Metrics for `evaluate`. Each is a folder that needs nothing else of this library, and can be pushed as a Space."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """Images as one channel of grey values, for models with `num_channels=1`.
 
-transformers makes three channels of every image, also of grey ones, and has no image processor that makes one.
+The image processors of transformers make three channels of every image, even of grey ones; none makes one channel.
 """
 
 from PIL import Image

@@ -32,7 +32,7 @@ def adamw_(
     p <- (1 - lr wd) p - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
     Args:
-        params: What is updated.
+        params: The tensors to update.
         grads: The gradients.
         states: One dict for each parameter, with `exp_avg` and `exp_avg_sq`.
         step: t, which starts at 1 and counts this step.
@@ -40,8 +40,8 @@ def adamw_(
         betas: b1, b2.
         eps: Added to the corrected root.
         weight_decay: Decoupled.
-        fused: True, False, or None to take the fused kernel wherever torch has one; it is left where it would pair the
-            wrong numbers, as the tensors lie in memory with gaps or in several orders.
+        fused: True, False, or None to take the fused kernel wherever torch has one. It is never used on tensors that lie
+            in memory in different orders, where it would pair the wrong numbers.
     """
     exp_avgs = [state["exp_avg"] for state in states]
     exp_avg_sqs = [state["exp_avg_sq"] for state in states]
@@ -86,7 +86,7 @@ def _foreach(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, weigh
 
 
 def check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Refuse what no Adam can work with."""
+    """Refuse hyper-parameters with which no Adam can work."""
     if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and len(betas) == 2 and all(0 <= b < 1 for b in betas)):
         raise ValueError(
             f"got lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}: expected lr, eps and weight_decay "

@@ -1,4 +1,4 @@
-"""Gradient centralisation: gradients of weight matrices with zero mean, under any optimizer."""
+"""Gradient centralisation: gradients of weight matrices with zero mean, under any optimiser."""
 
 from collections.abc import Callable
 from functools import cache
@@ -17,9 +17,9 @@ def centralize_(group: dict, params: list[Tensor], grads: list[Tensor], conv_onl
     g <- g - mean(g)   (Yong et al. 2020, arXiv:2004.01461, equation 1)
 
     Args:
-        group: The group of the parameters. Its `output_dim`, which `param_groups` writes by the type of the module,
-            says which dimension counts the outputs, and is None where nothing is to be centralised. A group without
-            it is taken as weights of the shape (outputs, ...), whatever has two dimensions or more.
+        group: The group of the parameters. Its `output_dim`, which `param_groups` sets by the type of the module, says
+            which dimension counts the outputs; None means that nothing is centralised. In a group without it, every
+            tensor of two or more dimensions counts as a weight of the shape (outputs, ...).
         params: The parameters.
         grads: Their gradients.
         conv_only: Leave the matrices of fully connected layers alone.
@@ -40,19 +40,19 @@ def _all_but(dim: int, ndim: int) -> tuple[int, ...]:
 def centralize_gradients(optimizer: Optimizer, conv_only: bool = False) -> Optimizer:
     """Let `optimizer` centralise the gradients before each of its steps, after any clipping.
 
-    Only weights of linear and convolution layers are centralised if the groups come from `param_groups`: never
-    embeddings, norms, biases or residual weights, and `Conv1D` of transformers or transposed convolutions along the
-    axis that is theirs. `p.grad` itself is changed.
+    If the groups come from `param_groups`, only weights of linear and convolution layers are centralised, never
+    embeddings, norms, biases or residual weights. `Conv1D` of transformers and transposed convolutions are centralised
+    along their own axis. `p.grad` itself is changed.
 
     Args:
-        optimizer: Any torch optimizer, also one with Lookahead.
+        optimizer: Any torch optimiser, also one with Lookahead.
         conv_only: Leave fully connected layers alone, an option of the paper.
 
     Returns:
-        The same optimizer.
+        The same optimiser.
 
     Raises:
-        ValueError: It centralises already, or FSDP1 or DeepSpeed has flattened its parameters.
+        ValueError: The optimiser centralises already, or FSDP1 or DeepSpeed has flattened its parameters.
 
     Example:
         >>> model = torch.nn.Linear(3, 2, bias=False)
@@ -77,7 +77,7 @@ def centralize_gradients(optimizer: Optimizer, conv_only: bool = False) -> Optim
         closure = closure_of(args, kwargs)
         if closure is None:
             return centralize()
-        # the gradients of a closure come into being after this hook
+        # the closure computes the gradients only after this hook
         return (args[0], _then(closure, centralize)), {}
 
     optimizer.register_step_pre_hook(before_step)

@@ -1,4 +1,4 @@
-"""Which tensors one kernel call may take together, and how many of them fit into a cache."""
+"""Which tensors one kernel call can take together, and how many of them fit into a cache."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from .loading import CheckedOptimizer
 
 
-# A list of this many numbers stays in the cache of one core between the kernels of an update: measured 2x at
-# width 256. A GPU has no use for it, and every more list is one more launch.
+# A list of this many numbers stays in the cache of one core between the kernels of an update: twice as fast at
+# width 256. A GPU gains nothing from it, and each further list costs another launch.
 CPU_CHUNK = 2**17
 
 
@@ -26,7 +26,7 @@ def evaluate(closure: Callable | None):
 
 
 def closure_of(args: tuple, kwargs: dict) -> Callable | None:
-    """The closure among the arguments that a hook of `Optimizer.step` gets, the optimizer being the first."""
+    """The closure among the arguments of a hook of `Optimizer.step`, the first of which is the optimiser."""
     return kwargs.get("closure", args[1] if len(args) > 1 else None)
 
 
@@ -37,7 +37,7 @@ def buckets(group: dict, state: dict, new_state: Callable[[Tensor], dict]) -> It
 
     Args:
         group: A group of `Optimizer.param_groups`.
-        state: `Optimizer.state`; the step is counted as an int, which no load casts to the type of the parameter.
+        state: `Optimizer.state`; the step is an int, which loading does not cast to the type of the parameter.
         new_state: The state of a parameter before its first step.
 
     Raises:
@@ -69,9 +69,9 @@ def mesh_of(p: Tensor) -> DeviceMesh | None:
 
 
 def chunks(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut, at each change of the mesh, into lists of at most `CPU_CHUNK` numbers each, or one tensor that is larger.
+    """Cut into lists of at most `CPU_CHUNK` numbers, or of one larger tensor, and at each change of the mesh.
 
-    On a GPU a list may be of any length.
+    On a GPU a list may have any length.
     """
     chunk, size, last_mesh = [], 0, None
     for p in params:
@@ -88,10 +88,10 @@ def chunks(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def lie_alike(*lists: list[Tensor]) -> bool:
-    """Whether the tensors at each place of the lists lie in memory in one order.
+    """Whether the tensors at each place of the lists lie in memory in the same order.
 
-    Fused kernels walk them in the order of storage, gaps and all. No tensor has gaps if one of them has none, as a
-    state that `zeros_like` has made.
+    Fused kernels walk them in the order of storage, including any gaps. If the orders are the same and one tensor has no
+    gaps, such as a state made by `zeros_like`, none of them has.
     """
     if all(map(Tensor.is_contiguous, chain(*lists))):  # as nearly always, and quick to ask
         return True
@@ -109,7 +109,7 @@ def gradients(params: list[Tensor]) -> list[Tensor]:
 
 
 def refuse_flat_shards(params: Iterable[Tensor], technique: str) -> None:
-    """Refuse parameters that a sharding of the first generation has flattened: they are no matrices any more.
+    """Refuse parameters that FSDP1 or DeepSpeed has flattened: they are no longer matrices.
 
     Raises:
         ValueError: FSDP1 or DeepSpeed ZeRO-3 holds the parameters.
@@ -118,26 +118,26 @@ def refuse_flat_shards(params: Iterable[Tensor], technique: str) -> None:
         if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False) or hasattr(p, "ds_id"):
             raise ValueError(
                 f"{technique} needs whole weight matrices, but got a parameter that FSDP1 or DeepSpeed ZeRO has "
-                f"flattened (shape {tuple(p.shape)}), where it would silently do something else. Use FSDP2 "
-                f"(`fully_shard`, `fsdp_version: 2`) or an optimizer that acts by element, such as radam."
+                f"flattened (shape {tuple(p.shape)}), on which it would silently compute something else. Use FSDP2 "
+                f"(`fully_shard`, `fsdp_version: 2`) or an optimiser that acts on each element alone, such as radam."
             )
 
 
 class WholeMatrices(CheckedOptimizer):
-    """An optimizer that refuses what was flattened, in every group that it is given; the first base where there are more."""
+    """An optimiser that refuses flattened parameters in every group; as one of several base classes it must be the first."""
 
     def add_param_group(self, param_group: dict) -> None:
-        """Add a group, after a look at whether its tensors have kept their shapes."""
+        """Add a group, after checking that its tensors have kept their shapes."""
         super().add_param_group(param_group)
         refuse_flat_shards(self.param_groups[-1]["params"], type(self).__name__)
 
 
 def norms(tensors: list[Tensor]) -> Tensor:
-    """(n,) Euclidean norms in fp32, of whole tensors also where they are sharded: one reduction for the list."""
+    """(n,) Euclidean norms in fp32, of the whole tensors even if they are sharded, with one reduction for the list."""
     stacked = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.promote_types(tensors[0].dtype, torch.float32)))
     return stacked.full_tensor() if hasattr(stacked, "full_tensor") else stacked
 
 
 def scale_(tensors: list[Tensor], factors: Tensor) -> None:
-    """Multiply each tensor by its factor; numbers on a CPU, and no wait for the result on a GPU."""
+    """Multiply each tensor by its factor; on a GPU the factors stay tensors, so that nothing waits for them."""
     torch._foreach_mul_(tensors, factors.tolist() if factors.device.type == "cpu" else list(factors.unbind()))

@@ -9,7 +9,7 @@ from .foreach import WholeMatrices, buckets, evaluate, gradients, norms, scale_
 
 @torch.no_grad()
 def trust_scaled_(params: list[Tensor], updates: list[Tensor], lr: float, weight_decay: float) -> None:
-    """p <- p - lr |p| / |u + wd p| (u + wd p) for each tensor; a ratio with a norm of zero is 1.
+    """p <- p - lr |p| / |u + wd p| (u + wd p) for each tensor; the ratio is 1 where a norm is zero.
 
     You et al. 2020 (arXiv:1904.00962), algorithm 2, with the norm of the update, not of the new weights.
 
@@ -30,15 +30,15 @@ def trust_scaled_(params: list[Tensor], updates: list[Tensor], lr: float, weight
 class LAMB(WholeMatrices):
     """Layer-wise adaptive Adam for large batches (You et al. 2020, arXiv:1904.00962).
 
-    Tensors with fewer than two dimensions, so biases, gains and residual weights, take the plain step of Adam without
-    decay: in proportion to their own norm a gate at zero would never open.
+    Tensors with fewer than two dimensions, that is biases, gains and residual weights, take the plain step of Adam
+    without decay: with steps in proportion to its norm, a gate at zero would never open.
 
     Args:
         params: Parameters or groups.
         lr: Learning rate, the relative change of each weight matrix in a step.
         betas: Decay of the first and of the second moment.
         eps: Added to the corrected root of the second moment.
-        weight_decay: Part of the update whose norm is taken.
+        weight_decay: Added to the update before its norm is taken.
         fused: False for the foreach path; None takes the fused kernel wherever torch has one.
 
     Raises:
@@ -75,7 +75,7 @@ class LAMB(WholeMatrices):
 
 
 def lamb_(params, grads, states, step: int, group: dict, rectification: float = 1.0) -> None:
-    """One step of LAMB on a list of tensors, which are all matrices or all not, shortened by `rectification`."""
+    """One step of LAMB on a list of tensors, either all matrices or all vectors, shortened by `rectification`."""
     lr, options = group["lr"] * rectification, {key: group[key] for key in ("betas", "eps", "fused")}
     if params[0].ndim < 2:
         return adamw_(params, grads, states, step=step, lr=lr, weight_decay=0.0, **options)

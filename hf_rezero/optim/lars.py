@@ -14,17 +14,17 @@ class LARS(WholeMatrices):
 
     ratio = eta |p| / (|g| + wd |p|);  u <- momentum u + lr ratio (g + wd p);  p <- p - u
 
-    Tensors with fewer than two dimensions, so biases, gains and residual weights, have the ratio 1 and no decay. A
-    ratio with a norm of zero is 1. The learning rate is inside the momentum, as in the paper: after it falls, the
+    Tensors with fewer than two dimensions, that is biases, gains and residual weights, have the ratio 1 and no decay.
+    The ratio is also 1 where a norm is zero. The learning rate is inside the momentum, as in the paper: after it falls, the
     momentum still carries the larger steps. `p.grad` is left as it is.
 
     Args:
         params: Parameters or groups.
         lr: Learning rate.
-        momentum: Of the updates.
+        momentum: Momentum of the updates.
         weight_decay: wd.
         trust_coefficient: eta.
-        nesterov: Step along g-part + momentum u instead of u.
+        nesterov: Step along lr ratio (g + wd p) + momentum u instead of u.
         clip: LARC: the ratio is min(eta |p| / (|g| + wd |p|) / lr, 1), so that no layer moves faster than lr.
 
     Raises:

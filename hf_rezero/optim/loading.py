@@ -1,4 +1,4 @@
-"""Optimizers that look at a state before they take it over."""
+"""Optimisers that check a state before they load it."""
 
 import math
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from ..structure.states import check_tensors
 
 
 class CheckedOptimizer(Optimizer):
-    """An optimizer that refuses a state with which its steps would be silently wrong."""
+    """An optimiser that refuses a state with which its steps would be silently wrong."""
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over the state of another run.
+        """Load the state of another run.
 
         Raises:
-            ValueError: A tensor of it is not floating point, not finite or of another shape than its parameter, or a
+            ValueError: A tensor of the state is not floating point, not finite or not of the shape of its parameter, or a
                 number is not finite.
         """
         check_state(self, state_dict)
@@ -24,7 +24,7 @@ class CheckedOptimizer(Optimizer):
 
 
 def check_state(optimizer: Optimizer, state_dict: Mapping) -> None:
-    """Refuse a state dict whose tensors cannot be those of `optimizer`, or whose numbers are none.
+    """Refuse a state dict whose tensors do not fit the parameters of `optimizer`, or whose numbers are not finite.
 
     Raises:
         ValueError: The message names the tensor or the number.
@@ -59,7 +59,7 @@ def check_state(optimizer: Optimizer, state_dict: Mapping) -> None:
 
 
 def entries(optimizer: Optimizer, state_dict: Mapping):
-    """Key, parameter and saved state of each parameter; torch itself refuses other numbers of parameters."""
+    """Key, parameter and saved state of each parameter; torch itself refuses a different number of parameters."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     for key, p in zip(keys, params, strict=False):

@@ -1,4 +1,4 @@
-"""Lookahead and SNOO: slow weights behind the steps of any optimizer."""
+"""Lookahead and SNOO: slow weights behind the steps of any optimiser."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from .loading import entries
 
 
 def lookahead_defaults(k: int, alpha: float, momentum: float = 0.0) -> dict:
-    """The keys of a group that Lookahead reads; they and its counter are saved with the optimizer.
+    """The keys of a group that Lookahead reads; they and its counter are saved with the optimiser.
 
     Raises:
         ValueError: A hyper-parameter is out of its range.
@@ -26,7 +26,7 @@ def lookahead_defaults(k: int, alpha: float, momentum: float = 0.0) -> dict:
 
 
 def give_defaults(optimizer: Optimizer, values: dict) -> None:
-    """Make these the defaults of an optimizer and of its groups, as far as a group does not have its own."""
+    """Make these the defaults of an optimiser and of its groups, except where a group has its own."""
     for name, value in values.items():
         optimizer.defaults[name] = value
         for group in optimizer.param_groups:
@@ -40,7 +40,7 @@ def slow_copy(p: Tensor) -> Tensor:
 
 @torch.no_grad()
 def synchronize(group: dict, state: dict) -> None:
-    """Count one step of the group; after each k-th move its slow weights and put the fast ones there.
+    """Count one step of the group; after every k-th, move its slow weights and set the fast ones to them.
 
     s = slow - fast;  b <- momentum b + s;  slow <- slow - alpha (momentum b + s);  fast <- slow
 
@@ -86,23 +86,23 @@ def lookahead(
     """Put Lookahead, or with momentum > 0 SNOO, around `optimizer`; see `synchronize` for the equations.
 
     The slow weights start as the weights before the first step, live in `optimizer.state[p]["slow"]` in fp32, and are
-    saved and loaded with the optimizer, as are the counters in its groups: a run resumes exactly in mid-cycle.
+    saved and loaded with the optimiser, as are the counters in its groups: a run resumes exactly in mid-cycle.
     A step that a `GradScaler` skips does not count.
 
     Args:
-        optimizer: Any torch optimizer. Copying or pickling the object (not its state dict) drops this.
+        optimizer: Any torch optimiser. Copying or pickling the object (not its state dict) drops Lookahead.
         k: Steps of `optimizer` between two moves of the slow weights.
         alpha: How far the slow weights move; the outer learning rate of SNOO.
         momentum: Nesterov momentum of the slow weights.
-        evaluate_slow: Give the optimizer `eval()`, which puts the slow weights into the model, and `train()`, which
+        evaluate_slow: Give the optimiser `eval()`, which puts the slow weights into the model, and `train()`, which
             puts the fast ones back, as the paper advises; the Trainer of transformers calls both. A model saved
             after `eval()` holds the slow weights.
 
     Returns:
-        The same optimizer.
+        The same optimiser.
 
     Raises:
-        ValueError: A hyper-parameter is out of its range, or the optimizer has Lookahead, `eval` or `train` already.
+        ValueError: A hyper-parameter is out of its range, or the optimiser has Lookahead, `eval` or `train` already.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -114,7 +114,7 @@ def lookahead(
     """
     if "lookahead_k" in optimizer.defaults:
         raise ValueError(f"{type(optimizer).__name__} has Lookahead already: ask for it only once.")
-    # groups that are added later take the defaults over
+    # groups that are added later inherit the defaults
     give_defaults(optimizer, lookahead_defaults(k, alpha, momentum))
     seen, initial = set(), {}
 
@@ -126,7 +126,7 @@ def lookahead(
                 if p not in seen and (p.grad is not None or may_get_gradients):
                     seen.add(p)
                     if "slow" not in optimizer.state.get(p, ()):
-                        # not into the state yet: many optimizers take a state that is not empty for their own
+                        # not into the state yet: many optimisers take a state that is not empty for one that they have filled
                         initial[p] = slow_copy(p)
 
     def after_step(optimizer, *_):
@@ -155,7 +155,7 @@ def lookahead(
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:
-    """Fused optimizers look at the overflow flag of a `GradScaler` themselves, in a step that then changes nothing."""
+    """Whether the step changed nothing: fused optimisers check the overflow flag of a `GradScaler` themselves."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and found_inf.item() > 0
 
@@ -175,7 +175,7 @@ def keep_precision(optimizer: Optimizer) -> None:
             for name, value in entry.items():
                 optimizer.state[p][name] = value.to(p.device, copy=True)
         saved.clear()
-        # a checkpoint of the same optimizer without Lookahead: its weights are the first slow ones
+        # a checkpoint without Lookahead lacks these keys: its weights become the first slow ones
         for group in optimizer.param_groups:
             for name in (name for name in optimizer.defaults if name.startswith("lookahead_")):
                 group.setdefault(name, optimizer.defaults[name])
@@ -185,7 +185,7 @@ def keep_precision(optimizer: Optimizer) -> None:
 
 
 def give_modes(optimizer: Optimizer) -> None:
-    """Give the optimizer `eval()` and `train()`, which exchange the fast weights for the slow ones and back."""
+    """Give the optimiser `eval()` and `train()`, which exchange the fast weights for the slow ones and back."""
     if hasattr(optimizer, "eval") or hasattr(optimizer, "train"):
         raise ValueError(f"{type(optimizer).__name__} has train() and eval() of its own: leave out evaluate_slow.")
     optimizer.eval = partial(_exchange, optimizer, evaluating=True)

@@ -11,12 +11,12 @@ from .adamw import adam_state, adamw_, check_hyperparameters
 from .foreach import WholeMatrices, buckets, evaluate, gradients
 
 
-# of the quintic a x + b x^3 + c x^5 that lifts small singular values fastest (Jordan et al. 2024)
+# coefficients of the quintic a x + b x^3 + c x^5 that lifts small singular values fastest (Jordan et al. 2024)
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """U V^T, roughly, of each matrix U S V^T in (n, rows, columns): its singular values go to between 0.7 and 1.2.
+    """Roughly U V^T for each matrix U S V^T in (n, rows, columns): the singular values become 0.7 to 1.2.
 
     Newton-Schulz iteration x <- a x + (b x x^T + c (x x^T)^2) x in bf16, all matrices in one product.
 
@@ -41,19 +41,19 @@ class Muon(WholeMatrices):
 
     m <- mu m + (1 - mu) g;  p <- (1 - lr wd) p - 0.2 lr sqrt(max(rows, columns)) orthogonalize(mu m + (1 - mu) g)
 
-    The factor gives the step the root mean square of one of AdamW (Liu et al. 2025, arXiv:2502.16982, section 2.2), so
-    that both take the same learning rate. On matrices, and it takes nothing else, equal to `torch.optim.Muon` with
-    `adjust_lr_fn="match_rms_adamw"`. Embeddings, norms, biases and residual weights go to AdamW; so does every
+    The factor gives the step the root mean square of a step of AdamW (Liu et al. 2025, arXiv:2502.16982, section 2.2),
+    so that both use the same learning rate. On matrices, the only tensors that `torch.optim.Muon` takes, the step equals
+    that of `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`. Embeddings, norms, biases and residual weights go to AdamW; so does every
     parameter of a group whose `output_dim` is None.
 
     Args:
         params: Parameters, or better the groups of `param_groups`, which know what is a weight of a layer.
         lr: Learning rate.
         momentum: mu, the decay of the mean gradient.
-        betas: Of AdamW.
-        eps: Of AdamW.
+        betas: Decay of the first and of the second moment of AdamW.
+        eps: Added to the corrected root in AdamW.
         weight_decay: Decoupled: p shrinks by lr * weight_decay in every step.
-        num_iterations: Of Newton-Schulz; fewer are cheaper and less orthogonal.
+        num_iterations: Newton-Schulz iterations; fewer are cheaper, and the step is less orthogonal.
         fused: False for the foreach path of AdamW; None takes the fused kernel wherever torch has one.
 
     Raises:

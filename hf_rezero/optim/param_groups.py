@@ -12,10 +12,10 @@ from ..structure.parameters import decays, is_resweight
 
 
 def output_dims(model: nn.Module) -> dict[nn.Parameter, int]:
-    """The dimension that counts the outputs, of every weight of a linear or convolution layer.
+    """The dimension that counts the outputs, for every weight of a linear or convolution layer.
 
-    The layers are known by type; of other libraries, `Conv1D` of transformers by its name. A weight that is an
-    embedding too, tied to the head, is left out.
+    Layers are recognised by type, and `Conv1D` of transformers by its name. A head that is tied to an embedding is left
+    out.
     """
     dims = {}
     for module in model.modules():
@@ -32,20 +32,19 @@ def output_dims(model: nn.Module) -> dict[nn.Parameter, int]:
 def param_groups(
     model: nn.Module, *, weight_decay: float = 0.0, resweight_learning_rate: float | None = None
 ) -> list[dict]:
-    """Split the trainable parameters into the groups that a torch optimizer takes, the decayed matrices first.
+    """Split the trainable parameters into the groups that a torch optimiser takes, the decayed matrices first.
 
     Args:
         model: Any module.
         weight_decay: Decay of the tensors with two or more dimensions; the others get 0.
-        resweight_learning_rate: Own learning rate of the residual weights; `None` leaves it to the optimizer.
+        resweight_learning_rate: Learning rate of the residual weights; `None` means that of the optimiser.
 
     Returns:
-        Groups without empty ones: matrices, vectors, residual weights. Each has an `output_dim` for gradient
-        centralisation, so matrices are split further if they differ in it, as they do by device mesh where they are
-        sharded.
+        The groups that are not empty, of matrices, vectors and residual weights. Each group has one `output_dim` for
+        gradient centralisation and one device mesh, so parameters that differ in these are split further.
 
     Raises:
-        ValueError: A learning rate for residual weights, and no residual weight that is trained.
+        ValueError: A learning rate for residual weights was given, and no residual weight is trained.
 
     Example:
         >>> import torch
@@ -79,15 +78,15 @@ def resweight_groups(model: nn.Module, optimizer: Optimizer) -> list[int]:
     """The indices of the groups that hold residual weights of the model.
 
     Raises:
-        ValueError: There is none, or one holds other parameters too.
+        ValueError: There is no such group, or one holds other parameters too.
     """
     resweights = {id(p) for name, p in model.named_parameters() if is_resweight(name) and p.requires_grad}
     shares = [{id(p) in resweights for p in group["params"]} for group in optimizer.param_groups]
     if {True} not in shares or {True, False} in shares:
         raise ValueError(
-            f"the residual weights of {type(model).__name__} were asked for, and the groups of the optimizer hold "
-            f"{'them together with others' if {True, False} in shares else 'none'}: use `param_groups`, and a model "
-            f"with trainable `resweight`."
+            f"got an optimiser whose groups hold "
+            f"{'residual weights together with other parameters' if {True, False} in shares else 'no residual weight'} "
+            f"of {type(model).__name__}: use `param_groups`, and a model with trainable `resweight`."
         )
     return [index for index, share in enumerate(shares) if share == {True}]
 

@@ -10,12 +10,12 @@ from .loading import CheckedOptimizer
 
 
 def huge(dtype: torch.dtype) -> float:
-    """An eps beside which Adam's sqrt(v) vanishes: against a learning rate as large, a step along the momentum is left."""
+    """An eps beside which Adam's sqrt(v) vanishes; with a learning rate as large, the step follows the momentum alone."""
     return min(1e12, torch.finfo(dtype).max / 2)
 
 
 def rectification(step: int, beta2: float) -> float:
-    """The r_t by which RAdam shortens the step of Adam; 0 as long as the variance is intractable, rho_t <= 5.
+    """The r_t by which RAdam shortens the step of Adam; 0 while the variance is intractable, rho_t <= 5.
 
     r_t = sqrt((rho_t - 4)(rho_t - 2) rho / ((rho - 4)(rho - 2) rho_t)), rho = 2 / (1 - b2) - 1,
     rho_t = rho - 2 t b2^t / (1 - b2^t)   (Liu et al. 2020, algorithm 2).
@@ -50,7 +50,7 @@ def as_adamw(group: dict, step: int, dtype: torch.dtype) -> dict:
 class RAdam(CheckedOptimizer):
     """Rectified Adam with decoupled weight decay (Liu et al. 2020, arXiv:1908.03265), on the fused AdamW kernel.
 
-    Equal to `torch.optim.RAdam(decoupled_weight_decay=True)`, several times faster.
+    It takes the steps of `torch.optim.RAdam(decoupled_weight_decay=True)`, several times faster.
 
     Args:
         params: Parameters or groups.
@@ -58,8 +58,8 @@ class RAdam(CheckedOptimizer):
         betas: Decay of the first and of the second moment.
         eps: Added to the root of the uncorrected second moment, as in all implementations of RAdam.
         weight_decay: Decoupled: p shrinks by lr * weight_decay in every step.
-        degenerated_to_sgd: What the first five steps do, while the variance is intractable: a momentum step of size
-            lr * |g| as in the paper (True), or nothing but collect the moments (False).
+        degenerated_to_sgd: What the first five steps do, while the variance is intractable: take a momentum step of size
+            lr * |g| as in the paper (True), or only collect the moments (False).
         fused: False for the foreach path; None takes the fused kernel wherever torch has one.
 
     Raises:

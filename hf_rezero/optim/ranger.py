@@ -20,7 +20,7 @@ from .radam import RAdam, radam_
 class Ranger(WholeMatrices, RAdam):
     """RAdam with centralised gradients inside Lookahead (Wright 2019), in one class.
 
-    Equal to `lookahead(centralize_gradients(RAdam(...)), k, alpha)` with the same state, and faster.
+    It takes the steps of `lookahead(centralize_gradients(RAdam(...)), k, alpha)` with the same state, but faster.
 
     Args:
         params: Parameters, or better the groups of `param_groups`, which know what is to be centralised.
@@ -32,7 +32,7 @@ class Ranger(WholeMatrices, RAdam):
         alpha: How far the slow weights move.
         centralize: Whether gradients of weight matrices are centralised, in place.
         degenerated_to_sgd: What the first five steps do, see `RAdam`.
-        evaluate_slow: Give the optimizer `eval()` and `train()`, see `lookahead`.
+        evaluate_slow: Give the optimiser `eval()` and `train()`, see `lookahead`.
         fused: False for the foreach path; None takes the fused kernel wherever torch has one.
 
     Raises:

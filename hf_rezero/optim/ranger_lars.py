@@ -8,10 +8,11 @@ from .ranger import Ranger
 class RangerLARS(Ranger):
     """Ranger with the trust ratio of LARS, taken on the update.
 
-    p <- p - lr r_t |p| / |u + wd p| (u + wd p), u the update of Adam for the centralised gradient, inside Lookahead.
+    p <- p - lr r_t |p| / |u + wd p| (u + wd p), where u is the update of Adam for the centralised gradient, inside
+    Lookahead.
 
-    The rectification r_t stands outside the ratio: inside, the norm of the update would cancel it and with it the
-    warmup that RAdam is. As long as r_t is 0, in the first five steps, only the moments move. Tensors with fewer than
+    The rectification r_t stands outside the ratio: inside, the norm of the update would cancel it, and with it the
+    warmup that it provides. While r_t is 0, in the first five steps, only the moments change. Tensors with fewer than
     two dimensions have no ratio and no decay. The code published as RangerLars divides by the norm of the new
     weights, which leaves Ranger with a smaller step on large tensors; this one needs a learning rate some 50 times
     larger than its recipes. Arguments are those of `Ranger`, without `degenerated_to_sgd`.

@@ -1,4 +1,4 @@
-"""Names of optimizers, `[gc+][lookahead+|snoo+]BASE`, and their arguments as one text."""
+"""Names of optimisers, `[gc+][lookahead+|snoo+]BASE`, and their arguments as one text."""
 
 import ast
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ from .ranger_lars import RangerLARS
 
 @dataclass(frozen=True)
 class Base:
-    """One of our optimizers, as a name stands for it.
+    """One of our optimisers, as its name in `--optim` selects it.
 
     Attributes:
         make: Its class.
-        trial_step: The algorithm of `gradinit_` that takes the kind of step that it takes; None: there is none.
+        trial_step: The algorithm of `gradinit_` that takes the same kind of step; None if there is none.
         fixed: Arguments that belong to the name.
-        by_element: Whether its step needs no whole matrix, so that flattened weights will do.
+        by_element: Whether it acts on each element alone, so that it works on flattened weights too.
     """
 
     make: type[Optimizer]
@@ -46,7 +46,7 @@ BASES = {
 }
 _ADAMW = """adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_torch_8bit adamw_torch_4bit
 adamw_anyprecision adamw_8bit adamw_bnb_8bit paged_adamw_8bit paged_adamw_32bit""".split()
-# of the optimizers of transformers by their names there
+# trial steps for the optimisers of transformers, by their names there
 TRIAL_STEPS_ELSEWHERE = dict.fromkeys(_ADAMW, "adam") | {"sgd": "sgd_normalized"}
 OUTER = {
     "lookahead": {"lookahead_k": 5, "lookahead_alpha": 0.5, "lookahead_momentum": 0.0},
@@ -55,7 +55,7 @@ OUTER = {
 
 
 class OptimizerName(NamedTuple):
-    """What a name asks for: centralisation, the outer loop (or None), and the optimizer inside."""
+    """The parts of a name: centralisation, the outer loop (or None), and the optimiser inside."""
 
     centralize: bool
     outer: str | None
@@ -78,18 +78,20 @@ def parse_name(name: str) -> OptimizerName:
     rest = prefixes[centralize:]
     if len(rest) > 1 or rest and rest[0] not in OUTER or not base:
         raise ValueError(
-            f"got the optimizer {name!r}: expected [gc+][lookahead+ or snoo+]NAME, such as gc+lookahead+sgd."
+            f"got the optimiser {name!r}: expected [gc+][lookahead+ or snoo+]NAME, such as gc+lookahead+sgd."
         )
     if base in ("ranger", "ranger_lars") and prefixes:
-        raise ValueError(f"got the optimizer {name!r}, but {base} is Lookahead with centralised gradients already.")
+        raise ValueError(
+            f"got the optimiser {name!r}, but {base} has Lookahead and centralised gradients already: leave out the prefixes."
+        )
     return OptimizerName(centralize, rest[0] if rest else None, base)
 
 
 def parse_arguments(text: str | None) -> dict[str, Any]:
-    """Read `name=value,name=value`, where a value is a number, True, False, None, a tuple, or else a text.
+    """Read `name=value,name=value`, where a value is a number, True, False, None, a tuple, or otherwise a text.
 
     Raises:
-        ValueError: It is not of this form.
+        ValueError: The text does not have this form.
 
     Example:
         >>> parse_arguments("betas=(0.9, 0.99),eps=1e-6,nesterov=True,mode=fast")
@@ -108,7 +110,7 @@ def parse_arguments(text: str | None) -> dict[str, Any]:
 
 
 def split_items(text: str) -> list[str]:
-    """Split at commas that stand in no bracket.
+    """Split at commas outside brackets.
 
     Example:
         >>> split_items("betas=(0.9, 0.99),k=6")
@@ -125,7 +127,7 @@ def split_items(text: str) -> list[str]:
 
 
 def split_arguments(name: OptimizerName, text: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of the optimizer inside, and those of what stands around it: `lookahead_*` and `gc_conv_only`.
+    """The arguments of the optimiser inside, and those of its wrappers: `lookahead_*` and `gc_conv_only`.
 
     Raises:
         ValueError: The text is malformed, or an argument is for a wrapper that the name does not ask for.
@@ -133,14 +135,17 @@ def split_arguments(name: OptimizerName, text: str | None) -> tuple[dict[str, An
     inner = parse_arguments(text)
     known = [*OUTER["lookahead"], "lookahead_evaluate_slow"] * bool(name.outer) + ["gc_conv_only"] * name.centralize
     around = {key: inner.pop(key) for key in known if key in inner}
+    expected = f"any of {', '.join(known)}" if known else "none"
     for key in inner:
         if key.startswith(("lookahead_", "gc_")):
-            raise ValueError(f"got optim_args={text!r} with {key}: expected any of {known} around {name.base}.")
+            raise ValueError(
+                f"got optim_args={text!r} with {key}: expected {expected} for the wrappers of {name.base}."
+            )
     return inner, around
 
 
 def wrap(optimizer: Optimizer, name: OptimizerName, around: Mapping[str, Any]) -> Optimizer:
-    """Put around `optimizer` what its name says."""
+    """Put the wrappers around `optimizer` for which its name asks."""
     if name.centralize:
         centralize_gradients(optimizer, conv_only=around.get("gc_conv_only", False))
     if name.outer:
@@ -151,11 +156,11 @@ def wrap(optimizer: Optimizer, name: OptimizerName, around: Mapping[str, Any]) -
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """What the name and the arguments of an optimizer ask for, read once.
+    """What the name and the arguments of an optimiser ask for, read once.
 
     Attributes:
         name: The parts of the name.
-        arguments: Those of the optimizer inside.
+        arguments: Those of the optimiser inside.
         around: Those of Lookahead and of gradient centralisation.
     """
 
@@ -165,12 +170,12 @@ class OptimizerSpec:
 
     @property
     def base(self) -> Base | None:
-        """The optimizer inside where it is ours; None where its name is for transformers to know."""
+        """The optimiser inside if it is ours; None if its name belongs to transformers."""
         return BASES.get(self.name.base)
 
     @property
     def trial_step(self) -> str:
-        """The algorithm of `gradinit_` with the trial step of the optimizer inside.
+        """The algorithm of `gradinit_` with the trial step of the optimiser inside.
 
         Raises:
             ValueError: There is none.
@@ -183,14 +188,14 @@ class OptimizerSpec:
         if step is None:
             known = [name for name, base in BASES.items() if base.trial_step] + [*TRIAL_STEPS_ELSEWHERE]
             raise ValueError(
-                f"got the optimizer {self.name.base!r}, and GradInit has no trial step for it, only for "
+                f"got the optimiser {self.name.base!r}, for which GradInit has no trial step; it has one for "
                 f"{', '.join(known)}. Take one of these, or choose a step: run gradinit_(model, batches, "
                 f"algorithm=...) and then train without GradInit, or pass GradInitConfig(algorithm=...)."
             )
         return step
 
     def wrap(self, optimizer: Optimizer) -> Optimizer:
-        """Put around `optimizer` what the name says."""
+        """Put the wrappers around `optimizer` for which the name asks."""
         return wrap(optimizer, self.name, self.around)
 
 

@@ -1,4 +1,4 @@
-"""Learning rates and momentum along straight lines, and groups of parameters that keep their learning rate."""
+"""Piecewise linear schedules of learning rates and momentum, and groups that keep their learning rate."""
 
 from collections.abc import Sequence
 
@@ -11,20 +11,20 @@ Points = Sequence[Sequence[float]]
 
 
 class PiecewiseLinear(LambdaLR):
-    """Straight lines between points (share of the training that is done, factor of the learning rate).
+    """Straight lines between points (share of the training done, factor of the learning rate).
 
-    The one-cycle policy of superconvergence (Smith & Topin 2018, arXiv:1708.07120) is a rise and a fall, with the
-    momentum moving against it.
+    The one-cycle policy of superconvergence (Smith & Topin 2018, arXiv:1708.07120) is a rise and a fall, while the
+    momentum moves in the opposite direction.
 
     Args:
-        optimizer: Its groups keep their proportions.
+        optimizer: The learning rates of its groups keep their proportions.
         num_training_steps: Steps from share 0 to share 1.
-        points: Such as `[(0, 0.1), (0.4, 1), (1, 0)]`; before the first and behind the last the factor is theirs.
-        momentum: The same for the momentum itself, or the first of two `betas`; default: leave it alone.
+        points: For example `[(0, 0.1), (0.4, 1), (1, 0)]`; the first and last factors hold before and after.
+        momentum: Points (share, value) of the momentum, or of the first of two `betas`; by default it stays.
         last_epoch: As in torch.
 
     Raises:
-        ValueError: Points that are no pairs or do not advance, or momentum for an optimizer that has none.
+        ValueError: Points are not pairs or their shares do not increase, or the optimiser has no momentum.
 
     Example:
         >>> import torch
@@ -51,17 +51,19 @@ class PiecewiseLinear(LambdaLR):
         self.num_training_steps = num_training_steps
         points, self.momentum = _checked(points), None if momentum is None else _checked(momentum)
         if momentum is not None and not all("momentum" in g or "betas" in g for g in optimizer.param_groups):
-            raise ValueError(f"got points of momentum for {type(optimizer).__name__}, which has none: leave them out.")
+            raise ValueError(
+                f"got momentum points for {type(optimizer).__name__}, which has no momentum: leave them out."
+            )
         if momentum is not None:
             for group in optimizer.param_groups:
                 group.setdefault("initial_momentum", _momentum(group))
         super().__init__(optimizer, lambda step: _value(points, step / num_training_steps), last_epoch)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Go on where another run stopped.
+        """Continue where another run stopped.
 
         Raises:
-            ValueError: A learning rate of the state is not a finite number, or its step is no whole number.
+            ValueError: A learning rate of the state is not a finite number, or its step is not a whole number.
         """
         rates, step = [*state_dict["base_lrs"], *state_dict.get("_last_lr", [])], state_dict["last_epoch"]
         if not (np.isfinite(rates).all() and isinstance(step, int) and step >= 0):
@@ -69,7 +71,7 @@ class PiecewiseLinear(LambdaLR):
         super().load_state_dict(state_dict)
 
     def step(self, epoch: int | None = None) -> None:
-        """Go on by one step."""
+        """Advance by one step."""
         super().step(epoch)
         if self.momentum is not None:
             momentum = _value(self.momentum, self.last_epoch / self.num_training_steps)
@@ -85,7 +87,9 @@ def _checked(points: Points) -> tuple[tuple[float, float], ...]:
         checked = ()
     shares = [share for share, _ in checked]
     if not checked or shares != sorted(set(shares)):
-        raise ValueError(f"got points={points!r}: expected pairs (share, value) of advancing shares of the training.")
+        raise ValueError(
+            f"got points={points!r}: expected pairs (share, value) with increasing shares of the training."
+        )
     return checked
 
 
@@ -110,10 +114,10 @@ def _constant(step: int) -> float:
 
 
 def keep_constant(scheduler: LRScheduler, groups: Sequence[int]) -> None:
-    """Give the groups of these indices back their learning rate and momentum of the start, to keep.
+    """Reset the groups of these indices to their initial learning rate and momentum, and keep them there.
 
     Raises:
-        ValueError: The scheduler is none that gives each group its own factor, as all of transformers are but
+        ValueError: The scheduler does not give each group its own factor. Of those of transformers this is true of
             `reduce_lr_on_plateau` and `greedy`.
 
     Example:

@@ -29,7 +29,7 @@ def output_of(model: nn.Module, batch: Any) -> torch.Tensor:
 def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
     """Measure the running statistics of every batch norm anew, as plain means over the batches.
 
-    Noisy gates change the variances that the statistics have seen; do this when the masks are decided.
+    Noisy gates change the variances that enter the statistics, so do this once the masks are decided.
 
     Raises:
         ValueError: No batch was given.
@@ -80,8 +80,8 @@ def mean_activations(
 ) -> dict[str, torch.Tensor]:
     """The mean value of each entry of each unit where it is read, (units x size,) by group; see `prune_`.
 
-    Adding what removed units did on the mean keeps the contribution of a constant unit exactly, except at the border
-    of zero-padded convolutions.
+    Adding the mean contribution of removed units to a bias replaces a constant unit exactly, except at the border of
+    zero-padded convolutions.
     """
     sums, counts = defaultdict(float), defaultdict(int)
 

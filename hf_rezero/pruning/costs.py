@@ -1,4 +1,4 @@
-"""What a weight costs beside its place: its uses (FLOPs / 2) or the seconds that its module takes."""
+"""What a weight costs besides memory: its uses (FLOPs / 2) or the seconds that its module takes."""
 
 import time
 from collections import defaultdict
@@ -38,7 +38,7 @@ def weight_uses(model: nn.Module, batch: Any) -> dict[str, float]:
 def weight_seconds(model: nn.Module, batch: Any, repeats: int = 5) -> dict[str, float]:
     """Seconds of each linear layer or convolution on this batch, divided by its weights, by module name.
 
-    The median of `repeats` passes after one that does not count.
+    It is the median of `repeats` passes, after one that does not count.
     """
     started: dict[str, float] = {}
     seconds: dict[str, list[float]] = defaultdict(list)

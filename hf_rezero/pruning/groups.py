@@ -13,10 +13,10 @@ class PruningGroup:
         name: Qualified name of the module that the units belong to.
         kind: One of `TARGETS`.
         num_units: How many units there are.
-        readers: Where the value of a unit is multiplied by weights: a mask scales these entries, and removal takes
-            them out.
+        readers: Where the value of a unit is multiplied by weights: a mask scales these entries, and removal
+            deletes them.
         cuts: Further entries that go with a unit: the rows that produce it, their biases, its batch norm.
-        attributes: Numbers that modules keep beside their tensors: module, attribute, amount for one unit.
+        attributes: Numbers that modules keep besides their tensors: module, attribute, amount for one unit.
         parts: For layers, the module that is removed with each unit; empty for units of tensors.
         gates: For layers, the tensors of each unit that its mask scales.
 

@@ -14,14 +14,14 @@ LOG_RATIO = math.log(-STRETCH[0] / STRETCH[1])  # -2.398
 
 
 class MaskLayer(nn.Module):
-    """One factor for each unit; what is written here is that of decided ones, which nothing pulls and nothing catches.
+    """One factor for each unit; the methods here suit decided factors, which have no penalty and are never caught.
 
     Attributes:
         kind: The name in `attach_masks`.
-        catches: Whether `catch` closes units for good, so that it must wait where a target is met without them.
-        is_scale: Whether the factors are weights like others, which the weights that read the units can make up for.
-        learning_rate: Of Adam, which trains the factors at a constant rate.
-        steered: The penalty that steers to a target.
+        catches: Whether `catch` closes units for good; then it has to spare those that a target does not need to lose.
+        is_scale: Whether the factors are plain weights, for which the weights that read the units can compensate.
+        learning_rate: The constant rate at which Adam trains the factors.
+        steered: The class of penalty that steers to a target.
     """
 
     kind: str
@@ -56,18 +56,18 @@ class MaskLayer(nn.Module):
         return 0.0
 
     def settle(self) -> None:
-        """Put back what a step of the optimizer must not move."""
+        """Undo what a step of the optimiser must not change."""
 
     def catch(self, protected: torch.Tensor) -> None:
         """Close for good what has become small, except units of `protected`."""
 
 
 class L1MaskLayer(MaskLayer):
-    """Factors that start at 1 and are pulled to 0 by their absolute values; small ones are caught there.
+    """Factors that start at 1 and are pulled to 0 by a penalty on their size; small ones are set to 0 for good.
 
     Args:
         num_units: Number of factors.
-        capture: A factor that falls below this stays 0 for ever; it must be more than one step of the optimizer.
+        capture: A factor that falls below this stays 0 for ever. It must be larger than one step of the optimiser.
 
     Example:
         >>> L1MaskLayer(3)()
@@ -98,7 +98,7 @@ class L1MaskLayer(MaskLayer):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Put what was caught back to 0: the momentum of an optimizer moves it."""
+        """Set what was caught to 0 again: the momentum of an optimiser moves it."""
         self.mask.masked_fill_(self.captured, 0.0)
 
     def catch(self, protected: torch.Tensor) -> None:
@@ -196,11 +196,11 @@ def _stretch(s: torch.Tensor) -> torch.Tensor:
 
 
 class FixedMaskLayer(MaskLayer):
-    """Factors that are decided.
+    """Factors that are decided and no longer learn.
 
     Args:
         factors: One for each unit.
-        kind: That of the layer that learned them.
+        kind: The kind of the layer that learned them.
     """
 
     def __init__(self, factors: torch.Tensor, kind: str):

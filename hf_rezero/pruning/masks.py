@@ -1,8 +1,8 @@
 """Masks on a model that learn which of its units to keep.
 
 A mask is a factor for each unit, after its activation. As the value of a unit is only ever multiplied by weights, the
-factors are multiplied into these weights, W x diag(z): the same product as masking the activations, at a cost that does
-not grow with the batch, and the very operation that folds the mask in the end.
+factors are multiplied into these weights, W x diag(z). This gives the same product as masking the activations, at a cost
+that does not grow with the batch. The same operation folds the mask into the weights at the end.
 """
 
 import math
@@ -31,8 +31,8 @@ def masks_of(model: nn.Module) -> "Masks | None":
 class Masks(nn.Module):
     """The masks of all groups of a model, as one vector; the submodule `pruning_masks` of the model they are attached to.
 
-    `masks.penalty()` is added to the loss of a step, `masks.before_step()` and `masks.after_step()` stand around the
-    optimizer's. Give `masks.parameters()` a group of their own without weight decay.
+    In each step, add `masks.penalty()` to the loss, and call `masks.before_step()` before and `masks.after_step()` after
+    `optimizer.step()`. Give `masks.parameters()` a group of their own without weight decay.
 
     Args:
         model: The model that the masks act on.
@@ -40,10 +40,10 @@ class Masks(nn.Module):
         layer: One `L1MaskLayer` or `L0MaskLayer` for all units of all groups, in their order.
         weights: What the penalty of each unit is multiplied by (units of all groups,).
         pull: The penalty, see `Penalty`.
-        min_keep: Units of each group that are never caught, or by kind.
+        min_keep: How many units of each group are never caught, as one number or by kind of group.
         sphere: Keep the norm of the weights that read each unit, |W_i| = const.
-        alternate_steps: Train the weights and the masks in turn, so many steps each; 0: both always.
-        hold_resweight: Do not train residual weights beside masks: they would grow as the masks shrink.
+        alternate_steps: Train the weights and the masks in turn, this many steps each; 0 trains both in every step.
+        hold_resweight: Do not train residual weights together with masks: they would grow as the masks shrink.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class Masks(nn.Module):
         return self._model[0]
 
     def forward(self, x):
-        """The identity: a `Sequential` runs all its children."""
+        """The identity, because a `Sequential` runs all its children."""
         return x
 
     def split(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One value for each unit of all groups -> by group."""
+        """Split one value for each unit of all groups by group."""
         parts = values.split(self._counts, dim=-1)
         return {group.name: part for group, part in zip(self.groups, parts, strict=True)}
 
@@ -99,11 +99,11 @@ class Masks(nn.Module):
         return self.sizes.sparsity(self.openness())
 
     def penalty(self) -> torch.Tensor:
-        """lambda * sum of weight_i * |m_i|, or of weight_i * P(z_i != 0), or what steers to the target sparsity."""
+        """lambda * sum of weight_i * |m_i|, or of weight_i * P(z_i != 0), or the penalty that steers to a target."""
         return self.pull(self)
 
     def before_step(self) -> None:
-        """Drop the gradients of what does not move in this step; an optimizer skips tensors without gradient."""
+        """Drop the gradients of what must not move in this step; an optimiser skips tensors without gradient."""
         own = {id(p) for p in self.parameters()}
         masks_turn = not self.alternate_steps or int(self.pull.steps) // self.alternate_steps % 2 == 1
         weights_turn = not self.alternate_steps or not masks_turn
@@ -114,7 +114,7 @@ class Masks(nn.Module):
                 parameter.grad = None
 
     def after_step(self) -> None:
-        """Catch, clamp and count, after the optimizer's step."""
+        """Catch, clamp and count, after the optimiser's step."""
         if self.sphere is not None:
             self.sphere.project()
         self.layer.settle()
@@ -132,7 +132,7 @@ class Masks(nn.Module):
         return torch.cat(best)
 
     def _beyond_target(self) -> torch.Tensor:
-        """L1 masks that may be small and must not be caught yet: the target of this step is met without them."""
+        """L1 masks that must not be caught yet, however small: the target of this step is met without them."""
         closed = self.layer.scores() == 0
         if not self.layer.catches or self.pull.target_sparsity is None:
             return torch.zeros_like(closed)
@@ -177,7 +177,7 @@ class Masks(nn.Module):
         self.model.pruning_masks = self
 
     def _sample(self, module, args, kwargs) -> None:
-        """Once for a forward pass, so that a recomputation under gradient checkpointing sees the same factors."""
+        """Draw the factors once for a forward pass, so that gradient checkpointing recomputes with the same ones."""
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim)
         first = next(tensors, None)
         self._current = self.split(self.layer(None if first is None else len(first)))
@@ -268,21 +268,21 @@ def attach_masks(
         model: The model; it gains the submodule `pruning_masks`.
         groups: From `find_groups`, or made by hand.
         kind: "l1" for `L1MaskLayer`, "l0" for `L0MaskLayer`, whose arguments follow in `layer_options`.
-        lambda_: Factor of the penalty; for L1 with a target only where it starts, for L0 with a target unused.
-        target_sparsity: Fraction of the prunable parameters that shall go, instead of a fixed factor.
+        lambda_: Factor of the penalty. With a target it is only the initial value for L1, and unused for L0.
+        target_sparsity: Fraction of the prunable parameters to remove, instead of a fixed factor.
         warmup_steps: Steps over which the factor, or the target, grows from 0.
         branch_lambda: Further factors by kind or by pattern of group names: {"heads": 2.0, "*.layers.0.*": 0.0}.
-        module_costs: What a unit is charged: "units" all alike, "params" its parameters, or as in `unit_costs` for
-            FLOPs and seconds. Charges are divided by their mean.
-        min_keep: Units that stay in each group, or by kind.
+        module_costs: How much the penalty charges for a unit: "units" charges the same for all, "params" by parameters,
+            and costs as in `unit_costs` by FLOPs or seconds. Charges are divided by their mean.
+        min_keep: How many units stay in each group, as one number or by kind of group.
         sphere: See `Masks`; for L1 and groups of units.
         alternate_steps: See `Masks`.
         hold_resweight: See `Masks`.
         layer_options: Arguments of the mask layer.
 
     Raises:
-        ValueError: Masks are attached already, there are residual weights that have not moved from 0, a compiled model,
-            or options that do not go together.
+        ValueError: Masks are attached already, residual weights are still 0, the model is compiled, or options do not go
+            together.
 
     Example:
         >>> import torch
@@ -335,11 +335,11 @@ def _check_attachable(model, groups, kind: str, sphere: bool, options: Mapping) 
     if kind not in MASK_LAYERS:
         raise ValueError(f"got kind={kind!r}: expected {' or '.join(map(repr, MASK_LAYERS))}.")
     if masks_of(model) is not None:
-        raise ValueError("the model has masks already: remove what they prune, or take them off with masks.detach_().")
+        raise ValueError("the model has masks already: call remove_pruned_, or take them off with masks.detach_().")
     if not groups:
         raise ValueError("got no groups: expected those of find_groups(model), or your own.")
     if len({group.name for group in groups}) < len(groups):
-        raise ValueError("two groups have the same name: expected each unit in one group only.")
+        raise ValueError("got two groups of the same name: expected each unit in one group only.")
     if hasattr(model, "_orig_mod"):
         raise ValueError("got a compiled model: attach the masks to the model inside, and compile after removal.")
     if sphere and not (MASK_LAYERS[kind].is_scale and all(group.readers for group in groups)):
@@ -349,21 +349,21 @@ def _check_attachable(model, groups, kind: str, sphere: bool, options: Mapping) 
     zero = [n for n, p in model.named_parameters() if is_resweight(n) and not p.detach().any()]
     if zero:
         raise ValueError(
-            f"{len(zero)} residual weights are still 0, first {zero[0]}: nothing behind them can be seen to be useful, "
-            f"so all masks would die. Train first, or attach the masks later."
+            f"{len(zero)} residual weights are still 0, the first is {zero[0]}: a branch behind a weight of 0 looks "
+            f"useless, so all its masks would close. Train first, and attach the masks later."
         )
 
 
 def finalize_masks(
     masks: Masks, *, round_to: int | Mapping[str, int] = 1
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Decide: units whose mask is 0 go, and with a target sparsity the weakest others until it is reached.
+    """Decide which units go: those with a mask of 0 and, until a target sparsity is reached, the weakest others.
 
-    From here on the model runs with the decided factors, in training too; the penalty is 0 and all weights learn.
+    From here on the model runs with the decided factors, even in training. The penalty is 0, and all weights learn.
 
     Args:
         masks: From `attach_masks`.
-        round_to: Kept units of each group are a multiple of this, or by kind.
+        round_to: Keep a multiple of this many units in each group, as one number or by kind of group.
 
     Returns:
         Sorted indices of the kept units, and the factors of all units with 0 for the others, both by group.

@@ -10,7 +10,7 @@ class Penalty(nn.Module):
     Args:
         lambda_: The factor.
         warmup_steps: Steps in which it grows from 0.
-        target_sparsity: Fraction of the prunable parameters that shall go; steers the factor in the subclasses.
+        target_sparsity: Fraction of the prunable parameters to remove, to which the subclasses steer.
     """
 
     def __init__(self, lambda_: float, warmup_steps: int = 0, target_sparsity: float | None = None):
@@ -30,15 +30,15 @@ class Penalty(nn.Module):
         return self.warmup() * self.lambda_ * (masks.weights * masks.layer.penalties()).sum()
 
     def after_step(self, masks) -> None:
-        """Count, and steer."""
+        """Count the step, and steer."""
         self.steps += 1
 
 
 class LambdaController(Penalty):
     """lambda <- lambda exp(gain (target_t - sparsity)), for L1: the factor grows while too few units are caught.
 
-    The target grows linearly over the warmup. Where it is met nothing more is caught, and the masks are free: to pull
-    those that stay would only cost quality.
+    The target grows linearly over the warmup. While it is met nothing more is caught and the penalty is 0: pulling the
+    masks that stay would only cost quality.
     """
 
     gain = 0.05
@@ -59,8 +59,8 @@ class LambdaController(Penalty):
 class Lagrangian(Penalty):
     """l1 max(0, t - s) + l2 (t - s)^2, for L0, where s is the expected sparsity and l1, l2 rise with the gap t - s.
 
-    After Wang, Wohlwend and Lei 2020 (FLOP, arXiv:1910.04732), section 4, whose first term is l1 (t - s): that one goes
-    on to close gates beyond the target until l1 has come down to 0. t grows linearly over the warmup.
+    After Wang, Wohlwend and Lei 2020 (FLOP, arXiv:1910.04732), section 4, whose first term is l1 (t - s): that term
+    continues to close gates beyond the target until l1 has fallen to 0. t grows linearly over the warmup.
     """
 
     rate = 1.0

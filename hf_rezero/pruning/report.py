@@ -1,4 +1,4 @@
-"""What a pruning removed, and whether the smaller model is the masked one."""
+"""Reports of what was pruned, and of whether the smaller model computes the same as the masked one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -25,21 +25,21 @@ class PruningReport:
 
     Attributes:
         method: How the units were chosen: l1, l0, a score, or "given".
-        target_sparsity: What was asked for.
-        sparsity: Fraction of the parameters of the cut tensors that went.
-        parameters_before: Of the whole model.
-        parameters_after: Of the whole model.
+        target_sparsity: The sparsity that was asked for.
+        sparsity: Fraction of the parameters of the cut tensors that was removed.
+        parameters_before: Parameters of the whole model before pruning.
+        parameters_after: Parameters of the whole model after pruning.
         units: Kind and number of the units, by group.
         kept: Indices of the kept units, by group.
         undecided: For L0, the fraction of gates that were neither surely open nor surely closed.
         max_difference: Largest difference between outputs of the masked and the pruned model.
         max_output: Largest output of the masked model.
-        metric: Of the quality, by its name in the results of the run.
-        quality_before: On the validation data, of the whole model.
-        quality_pruned: Right after pruning.
-        quality_at_the_end: After the training that followed.
-        bytes_before: Of the weight files, or of the weights where there was no file.
-        bytes_after: Of the weight files.
+        metric: Metric of the quality, by its name in the results of the run.
+        quality_before: Quality of the whole model on the validation data.
+        quality_pruned: Quality right after pruning.
+        quality_at_the_end: Quality after the training that followed.
+        bytes_before: Size of the weight files, or of the weights if there was no file.
+        bytes_after: Size of the weight files after pruning.
     """
 
     method: str
@@ -74,7 +74,7 @@ class PruningReport:
         self.quality_at_the_end = results.get(f"{AT_THE_END}_{metric}")
 
     def complete(self, results: Mapping[str, Any], metric: str) -> None:
-        """Take what earlier releases left in the results of the run alone."""
+        """Fill in what earlier releases wrote only into the results of the run."""
         if self.metric is None:
             self.take_quality(results, metric)
         if self.bytes_before is None:
@@ -91,7 +91,7 @@ class PruningReport:
         return {words: quality for words, quality in found.items() if quality is not None}
 
     def sizes(self) -> dict[str, float | None]:
-        """Return what the results of a run have of the pruning, by name."""
+        """Return the sizes for the results of a run, by name."""
         return {
             "pruning_parameters_before": self.parameters_before,
             "pruning_parameters_after": self.parameters_after,
@@ -107,7 +107,7 @@ class PruningReport:
 
     @property
     def is_undecided(self) -> bool:
-        """Whether so many gates were left between open and closed that the outcome is not what was trained."""
+        """Whether so many gates were neither open nor closed that the pruned model is not the one that was trained."""
         return self.undecided > 0.05
 
     def left_by_kind(self) -> dict[str, tuple[int, int]]:
@@ -119,15 +119,15 @@ class PruningReport:
         return counts
 
     def to_dict(self) -> dict:
-        """As JSON has it, the kept units as ranges."""
+        """Return the content of the JSON file, with the kept units as ranges."""
         return asdict(self) | {"kept": {name: to_ranges(indices) for name, indices in self.kept.items()}}
 
     def save(self, path: str | PathLike) -> None:
-        """Write JSON."""
+        """Write the report as JSON."""
         write_json(path, self.to_dict())
 
     def plot(self, path: str | PathLike | None = None) -> "Picture":
-        """Draw which units are left; a path writes that as a PNG too."""
+        """Draw which units are left; with a path, also write the picture there as a PNG."""
         from ..plots import plot_kept  # matplotlib is slow to import: only who draws waits for it
 
         return plot_kept(self, path)

@@ -1,4 +1,4 @@
-"""Scores without training: the baselines that learned masks have to beat."""
+"""Scores of units without training, the baselines that learned masks have to beat."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ Scores = dict[str, torch.Tensor]
 
 
 def first_k(groups: Sequence[PruningGroup]) -> Scores:
-    """The index of each unit: the first go first, whatever they do.
+    """The index of each unit, so that the first units go first, whatever they compute.
 
     Example:
         >>> from torch import nn
@@ -79,7 +79,7 @@ def _mean_per_unit(model, groups, batches, statistic: Callable[[torch.Tensor], t
     layers = [group.name for group in groups if not group.readers]
     if layers:
         raise ValueError(
-            f"{layers[0]!r} is a group of layers, which have no activation: score heads, neurons, channels."
+            f"{layers[0]!r} is a group of layers, which have no activation: score heads, neurons or channels."
         )
     sums: dict[str, Any] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
@@ -106,7 +106,7 @@ def taylor(
     """Mean |dL/dz| at z = 1 over the batches, divided by its Euclidean norm in each group.
 
     The first-order change of the loss when a unit goes (Michel et al. 2019, arXiv:1905.10650, section 4.1), for units
-    and layers; small batches see more, because signs cancel inside a batch.
+    and layers; small batches tell more, because signs cancel inside a batch.
 
     Args:
         model: The model; its gradients and mode are left as they were.
@@ -115,7 +115,7 @@ def taylor(
         loss_fn: (model, batch) -> loss; default: `model(**batch).loss`.
 
     Raises:
-        ValueError: No batch was given, or as `attach_masks`.
+        ValueError: No batch was given, or `attach_masks` refuses the model or the groups.
     """
     loss_fn = loss_fn or model_loss
     with modes_kept(model):

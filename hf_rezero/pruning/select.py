@@ -125,8 +125,8 @@ def select(
         scores: (units,) for each group, higher is better.
         sparsity: Fraction of the parameters of all tensors that the groups can cut, from 0 to 1.
         scope: "group" takes the same fraction of each group, "global" compares scores across groups.
-        min_keep: Units that stay in each group, or by kind.
-        round_to: Kept units are a multiple of this, or by kind; layers are not rounded.
+        min_keep: How many units stay in each group, as one number or by kind of group.
+        round_to: Keep a multiple of this many units in each group, likewise; layers are not rounded.
 
     Returns:
         Sorted indices of the kept units, by group.
@@ -148,7 +148,7 @@ def select(
         return float(sizes.sparsity(openness_of(kept_at(threshold), groups)))
 
     thresholds = sorted({float(rank) for ranks_of_group in ranks.values() for rank in ranks_of_group})
-    low, high = 0, len(thresholds)  # the first threshold that goes far enough
+    low, high = 0, len(thresholds)  # search the first threshold that removes enough
     thresholds.append(math.inf)
     if reached(math.inf) < sparsity:
         raise ValueError(
@@ -169,7 +169,9 @@ def of_kind(value: int | Mapping[str, int], group: PruningGroup) -> int:
 def _floor(group: PruningGroup, min_keep: int | Mapping[str, int]) -> int:
     floor = of_kind(min_keep, group)
     if not 0 <= floor <= group.num_units:
-        raise ValueError(f"got min_keep={floor} for {group.name!r}, which has {group.num_units} {group.kind}.")
+        raise ValueError(
+            f"got min_keep={floor} for {group.name!r}, which has {group.num_units} {group.kind}: expected 0 to that number."
+        )
     return floor
 
 
@@ -184,7 +186,7 @@ def keep_above(
     """Sorted indices of the units that score at least `threshold`, with the limits of `select`."""
     kept = {}
     for group in groups:
-        # layers are removed one by one: nothing gains from a round number of them
+        # layers are removed one by one: a round number of them brings nothing
         multiple = 1 if group.parts else of_kind(round_to, group)
         kept[group.name] = _keep(scores[group.name], threshold, _floor(group, min_keep), multiple)
     return kept
@@ -213,7 +215,7 @@ def _keep(ranks: torch.Tensor, threshold: float, floor: int, multiple: int) -> t
 
 
 def openness_of(kept: Kept, groups: Sequence[PruningGroup]) -> dict[str, torch.Tensor]:
-    """1 for a kept unit, 0 for a removed one, (units,) by group; groups without entry keep all."""
+    """1 for a kept unit, 0 for a removed one, (units,) by group; groups without an entry keep all."""
     openness = {group.name: torch.ones(group.num_units, dtype=torch.float64) for group in groups}
     for name, indices in kept.items():
         openness[name] = torch.zeros_like(openness[name]).index_fill_(0, indices.cpu(), 1.0)

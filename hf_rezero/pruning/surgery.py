@@ -28,19 +28,19 @@ def remove_pruned_(
     batch: Any = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> PruningReport:
-    """Multiply the masks into the weights and take out what they closed; no mask is left.
+    """Multiply the masks into the weights and remove the units that they closed; no mask is left.
 
     Args:
         model: The model, changed in place.
         masks: Its masks.
-        round_to: Kept units of each group are a multiple of this, or by kind: 8 or 64 suits matrix kernels.
-        batch: An input, a tensor or keyword arguments, on which masked and pruned model are compared for the report.
+        round_to: Keep a multiple of this many units in each group, as one number or by kind; 8 or 64 suits matrix kernels.
+        batch: An input (tensor or keyword arguments) on which the report compares the masked and the pruned model.
         optimizer: Its state is cut like the parameters, so that training goes on.
 
     Raises:
         ValueError: The target sparsity cannot be reached, or a group would be left empty.
 
-    Example: see `attach_masks`.
+    See `attach_masks` for an example.
     """
     kind, target = masks.layer.kind, masks.pull.target_sparsity
     polarisation = masks.polarisation()
@@ -114,14 +114,14 @@ def prune_(
         groups: From `find_groups(model)`.
         kept: Indices of the units to keep, by group; groups without an entry stay whole.
         optimizer: Its state is cut like the parameters.
-        constants: Values that removed units had on the mean, (units x size,) by group as `mean_activations` gives
-            them; their product with the reading weights goes to the bias of the reader.
-        method: What the report and the config say of how the units were chosen.
-        target_sparsity: Likewise.
+        constants: Mean values of the units, (units x size,) by group as `mean_activations` gives them. For removed
+            units, their product with the weights that read them is added to the bias there.
+        method: How the units were chosen, for the report and the config.
+        target_sparsity: The sparsity that was asked for, for the report and the config.
 
     Raises:
-        ValueError: An unknown group, an index out of range, masks that are still attached, or a group that would be
-            left empty where its module cannot go with it.
+        ValueError: A group is unknown, an index is out of range, masks are still attached, or a group would be left empty
+            although its module cannot be removed.
 
     Example:
         >>> import torch
@@ -253,7 +253,7 @@ def _take(tensor: torch.Tensor, by_dim: Mapping[int, torch.Tensor]) -> torch.Ten
 
 
 def _adjust_modules(model, by_name, kept, parts) -> None:
-    """Numbers that modules keep beside their tensors."""
+    """Adjust the numbers that modules keep besides their tensors."""
     for name, indices in kept.items():
         for module, attribute, size in by_name[name].attributes:
             if not _inside(module, parts):
@@ -281,7 +281,7 @@ def _set_number(module: nn.Module, attribute: str, value: int) -> None:
 
 
 def _remove_parts(model: nn.Module, parts: Sequence[str]) -> dict[str, list[int]]:
-    """Take whole modules out; returns, for each stack of layers, the old indices of those that are left."""
+    """Remove whole modules, and return for each stack of layers the old indices of those that are left."""
     stacks, left = defaultdict(set), {}
     for part in parts:
         parent, _, attribute = part.rpartition(".")
@@ -308,7 +308,7 @@ def _remove_parts(model: nn.Module, parts: Sequence[str]) -> dict[str, list[int]
 
 
 def _write_config(model: nn.Module, report: PruningReport, left: Mapping[str, list[int]]) -> None:
-    """Sizes and provenance into the config, or the provenance alone into `model.pruned` where there is no config."""
+    """Write sizes and provenance into the config, or the provenance into `model.pruned` if there is no config."""
     config, before = config_of(model), provenance_of(model) or {}
     provenance = {
         "method": report.method,
@@ -347,10 +347,10 @@ def _rename(name: str, left: Mapping[str, list[int]]) -> str | None:
 
 
 def carry_state_(optimizer: torch.optim.Optimizer, model: nn.Module, replaced: Mapping) -> None:
-    """Make an optimizer go on with the parameters that are left, their state cut as they were.
+    """Let an optimiser continue with the parameters that are left, with its state cut like them.
 
-    State with the shape of its parameter is cut; numbers stay; other tensors (factored moments) start anew. Parameters
-    that are no longer in the model leave their groups, and groups that become empty leave the optimizer.
+    State with the shape of its parameter is cut; numbers stay; the state of a cut parameter starts anew if it has other tensors (factored moments). Parameters
+    that are no longer in the model leave their groups, and groups that become empty leave the optimiser.
     """
     optimizer = unwrapped(optimizer)
     present = set(model.parameters())
@@ -391,5 +391,5 @@ def _fold_constants(model, by_name, kept, constants: Mapping[str, torch.Tensor])
 
 
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside of what accelerate has wrapped."""
+    """The optimiser inside the wrapper of accelerate."""
     return getattr(optimizer, "optimizer", optimizer)

@@ -1,4 +1,4 @@
-"""What a run was, its model card, and the way to the Hub."""
+"""Records of runs, their model cards, and pushing to the Hub."""
 
 from .card import write_model_card
 from .metadata import check_metadata

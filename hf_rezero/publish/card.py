@@ -1,4 +1,4 @@
-"""Model cards of finished runs: every number is read from a file that the run left, and what is missing is left out."""
+"""Model cards of finished runs: every number comes from a file that the run left, and missing facts are left out."""
 
 import math
 import os
@@ -27,7 +27,7 @@ MARKER = (
 )
 OF_THE_TRAINER = "generated automatically according to the information the Trainer had access to"
 
-QUALITIES = (BITS_PER_BYTE.key, BITS_PER_TOKEN.key, "accuracy")  # which of them a pruning is judged by
+QUALITIES = (BITS_PER_BYTE.key, BITS_PER_TOKEN.key, "accuracy")  # pruning is judged by the first that was measured
 SPEEDS = ("runtime", "per_second", "preparation_time", "_samples", "num_input_tokens_seen", "mem_")
 
 
@@ -45,20 +45,20 @@ def write_model_card(
     """Write `README.md`, the model card, into a folder that a run left, and return its path.
 
     It is filled from `run.json`, `all_results.json`, `trainer_state.json`, `config.json` and the reports in `gradinit/`
-    and `pruning/`, as far as they are there.
+    and `pruning/`, as far as these files exist.
 
     Args:
-        folder: With or without weights.
+        folder: The folder, with or without weights.
         name: Default: the last part of `repo_id`, or the name of the folder.
         repo_id: Where the folder goes on the Hub.
-        dataset: Says better than the run what the data are.
-        license: Of the weights, as the Hub names it.
+        dataset: Name of the data, in place of the one that the run recorded.
+        license: Licence of the weights, by its name on the Hub.
         language: Codes of the languages of the data.
-        tags: More of them.
-        overwrite: Also a card that somebody wrote by hand.
+        tags: Further tags.
+        overwrite: Replace even a card that somebody wrote by hand.
 
     Raises:
-        ValueError: There is no such folder, a card by hand is there, or the metadata are not what the Hub takes.
+        ValueError: There is no such folder, it has a card written by hand, or the Hub would not accept the metadata.
 
     Example:
         >>> import json
@@ -107,7 +107,7 @@ class Result:
 
 
 class Reader(NamedTuple):
-    """What makes the inputs of a model: the class that loads it, and what to call it."""
+    """A tokenizer or processor, which makes the inputs of a model: the class that loads it, and the name of its variable."""
 
     auto_class: str
     variable: str
@@ -120,12 +120,12 @@ READERS = {
 
 
 class Run:
-    """What the files in a folder tell; the template makes sentences of it.
+    """The facts in the files of a run; the template turns them into sentences.
 
     Args:
-        folder: Of the run.
-        name: Of the model.
-        repo_id: On the Hub.
+        folder: Folder of the run.
+        name: Name of the model.
+        repo_id: Its repository on the Hub.
         dataset: Name of the data, in place of the recorded one.
     """
 
@@ -160,7 +160,7 @@ class Run:
 
     @cached_property
     def parameters(self) -> int | None:
-        """How many the weight files hold, or else the model had."""
+        """The number of parameters in the weight files, or else in the record of the run."""
         return _count(self.folder.glob("*.safetensors")) or self.record.model.parameters
 
     @cached_property
@@ -179,7 +179,7 @@ class Run:
         return sorted(found, key=lambda result: (result.prefix, result.type == "loss"))
 
     def unit_of(self, metric: str) -> Unit:
-        """The names of a metric; runs of earlier releases have bits per token under the name of bits per byte."""
+        """The names of a metric; runs of earlier releases recorded bits per token under the name of bits per byte."""
         if metric == BITS_PER_BYTE.key:
             counted = any(data.tokens and data.bytes for data in self.record.measured.evaluations.values())
             return BITS_PER_BYTE if self.tokens_are_bytes or counted else BITS_PER_TOKEN
@@ -187,7 +187,7 @@ class Run:
 
     @property
     def was_tested(self) -> bool:
-        """Whether data were scored that nothing was chosen by."""
+        """Whether data were scored on which no choice was based."""
         return any(result.prefix.startswith(TEST) for result in self.results)
 
     @cached_property
@@ -203,16 +203,16 @@ class Run:
 
     @property
     def reader(self) -> Reader | None:
-        """What makes its inputs, where it is saved beside the model."""
+        """The tokenizer or processor, if it is saved beside the model."""
         return next((reader for name, reader in READERS.items() if self.has(name)), None)
 
     @property
     def auto_classes(self) -> list[str]:
-        """The classes of transformers that load all that is there."""
+        """The classes of transformers that load what is in the folder."""
         return sorted([self.auto_model, *([self.reader.auto_class] if self.reader else [])])
 
     def eval_results(self) -> list[EvalResult]:
-        """The results as the Hub takes them; losses only where there is nothing else, and no data without name."""
+        """The results in the form of the Hub: losses only if there is nothing else, and no data without a name."""
         if not self.task or not self.data:
             return []
         record = self.record.data
@@ -259,7 +259,7 @@ class Run:
 
 
 def _from_state(state: Mapping) -> dict[str, float]:
-    """Of a run without record, which may have loaded its best weights, what is surely of the last ones."""
+    """Metrics of the last weights in a run without a record, unless it may have loaded its best weights at the end."""
     step = state.get("global_step")
     best = state.get("best_global_step") if state.get("best_model_checkpoint") else step
     return results_of_log(state.get("log_history", []), step) if best == step and step is not None else {}
@@ -289,7 +289,7 @@ def _count(files: Iterable[Path]) -> int:
 
 
 def _number(value) -> str:
-    """Floats to five digits, all else as it is.
+    """Floats to five digits, everything else unchanged.
 
     Example:
         >>> _number(2.456789), _number(1234567), _number(1e-9), _number("cpu")

@@ -48,10 +48,10 @@ LICENSES = frozenset(
 
 
 def check_metadata(data: Mapping) -> None:
-    """Refuse front matter that the Hub would refuse or misread, without asking it.
+    """Refuse front matter that the Hub would refuse or misread, without contacting the Hub.
 
     Raises:
-        ValueError: Names the field and what it got.
+        ValueError: Names the field, what it got and what was expected.
 
     Example:
         >>> check_metadata({"license": "apache-2.0", "tags": ["rezero"]})
@@ -65,7 +65,9 @@ def check_metadata(data: Mapping) -> None:
         raise ValueError(" ".join(problems))
     again = yaml.safe_load(ModelCardData(**data).to_yaml())
     if again != json.loads(json.dumps(again)) or again.get("model-index") != data.get("model-index"):
-        raise ValueError("the metadata do not come back from YAML as they were.")
+        raise ValueError(
+            "the metadata change when they are written as YAML and read again: use plain texts, numbers and lists."
+        )
 
 
 def _problems(data: Mapping) -> Iterable[str]:
@@ -84,7 +86,7 @@ def _problems(data: Mapping) -> Iterable[str]:
     if data.get("pipeline_tag") not in (None, *AUTO_CLASSES):
         yield f"pipeline_tag: got {data['pipeline_tag']!r}, expected one of {', '.join(AUTO_CLASSES)}."
     if not all(isinstance(tag, str) and tag for tag in data.get("tags", [])):
-        yield f"tags: got {data['tags']!r}, expected texts."
+        yield f"tags: got {data['tags']!r}, expected non-empty texts."
     yield from _problems_of_index(data.get("model-index"))
 
 
@@ -110,4 +112,4 @@ def _problems_of_metric(metric: Mapping) -> Iterable[str]:
     if not metric.get("type") or not isinstance(value, (int, float)) or not math.isfinite(value):
         yield f"model-index: got the metric {dict(metric)}, expected a type and a finite value."
     if "verified" in metric or "verifyToken" in metric:
-        yield "model-index: got verified, which only the Hub may say."
+        yield "model-index: got verified, which only the Hub may set: leave it out."

@@ -1,8 +1,7 @@
-"""Publishing on the Hugging Face Hub: a finished folder in one commit, looked through before anything is sent.
+"""Publishing on the Hugging Face Hub: a finished folder in one commit, checked before anything is sent.
 
-`HfApi.upload_folder` commits in batches, and `Trainer.push_to_hub` sends all that lies in the folder, pickles with the
-arguments of the run included. Here a push is one commit of files that belong to a model, or an error that says what to
-do.
+`HfApi.upload_folder` commits in batches, and `Trainer.push_to_hub` sends everything in the folder, including pickles with
+the arguments of the run. Here a push is one commit of files that belong to a model, or an error that says what to do.
 """
 
 import json
@@ -24,7 +23,7 @@ from .card import write_model_card
 logger = logging.get_logger(__name__)
 
 REPORTS = (".json", ".md", ".txt", ".csv", ".yaml", ".png", ".svg", ".jinja")
-# `_*` is what transformers leaves out too; the others are for resuming, or by name what a notebook may have left
+# transformers leaves out `_*` too; the others serve to resume a run, or are hidden files such as those of notebooks
 PRIVATE = ("_*", ".*", "checkpoint-*", "last-checkpoint", "runs", "trainer_state.json", "optimizer*", "scheduler*")
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*")
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT: its folders have no weights but those of the adapter
@@ -33,10 +32,10 @@ TOKEN = re.compile(rb"\b(hf|api_org)_[A-Za-z0-9]{30,}")
 ADVICE = {
     401: "the token is not valid, or there is none: run `hf auth login`, or set HF_TOKEN",
     403: "the token gives no write access: take one with the role `write`, ask the owner, or propose a pull request",
-    404: "it does not exist, or the token does not give access: check the name, and who is logged in: `hf auth whoami`",
+    404: "it does not exist, or the token does not give access: check the name, and who is logged in (`hf auth whoami`)",
     409: "somebody else is changing it: run the same command again",
     412: "somebody else is changing it: run the same command again",
-    413: "the Hub takes no file or commit of this size: save the model in smaller shards, with `max_shard_size`",
+    413: "the Hub does not accept a file or commit of this size: save the model in smaller shards, with `max_shard_size`",
     429: "there were too many requests: wait some minutes and run the same command again",
 }
 
@@ -58,22 +57,22 @@ def push_folder(
 ) -> CommitInfo:
     """Publish what a run or `save_pretrained` left in `folder`, in one commit; see `files_to_push` for what goes up.
 
-    A repository that does not exist is made, and so is a model card where neither the folder nor the repository has
-    one. Weights in the repository that the folder does not have are removed by the same commit, since they might be
-    loaded instead. A push that is refused or interrupted changes nothing, and can be repeated.
+    A repository that does not exist is created, and so is a model card if neither the folder nor the repository has
+    one. The same commit removes weights from the repository that the folder does not have, since they might be loaded
+    instead. A push that is refused or interrupted changes nothing, and can be repeated.
 
     Args:
         folder: Config, safetensors and, for the models of this library, the files of code.
-        repo_id: `owner/name`, or `name` for a repository of one's own.
-        private: Make a private repository. One that exists must be private then.
-        revision: Branch to push to, made if need be. Default: `main`.
+        repo_id: `owner/name`, or `name` for a repository of your own.
+        private: Create a private repository; one that exists already must be private.
+        revision: Branch to push to, created if needed. Default: `main`.
         create_pr: Propose the files as a pull request instead; needs no write access.
         token: Default: that of `hf auth login` or HF_TOKEN.
         commit_message: First line of the commit.
-        with_card: Whether to make a missing model card.
+        with_card: Whether to create a missing model card.
 
     Raises:
-        ValueError: The folder holds no whole model, or a file that must not be published.
+        ValueError: The folder holds no complete model, or a file that must not be published.
         PushError: Not logged in, no write access, or the connection broke.
 
     Example:
@@ -108,10 +107,10 @@ def push_folder(
 
 
 def files_to_push(folder: str | os.PathLike) -> list[str]:
-    """The files of a folder that belong on the Hub, after a look at whether they make a whole model.
+    """The files of a folder that belong on the Hub, after checking that they make a complete model.
 
-    Config, safetensors, tokenizer, processors, the code that the configs name, the card, reports and pictures. Left
-    out are checkpoints, optimizer states, logs of TensorBoard and whatever is pickled.
+    These are config, safetensors, tokenizer, processors, the code that the configs name, the card, reports and
+    pictures. Checkpoints, optimiser states, logs of TensorBoard and whatever is pickled are left out.
 
     Raises:
         ValueError: No config, weights missing or damaged, code missing, or a Hub token in one of the files.
@@ -157,7 +156,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def code_files(folder: Path) -> list[str]:
-    """The modules that `auto_map` of the config and of the processors names, with what they import of each other."""
+    """The modules that `auto_map` of the config and of the processors names, and what these import of each other."""
     configs = {path.name: json.loads(path.read_text()) for path in folder.glob("*config.json")}
     model_type = configs.get("config.json", {}).get("model_type") or ""
     names = set()
@@ -176,7 +175,7 @@ def code_files(folder: Path) -> list[str]:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Files that a module imports from beside it, and those from others; or the first that is not there."""
+    """The files beside a module that it imports, directly or through others; or the first of them that is missing."""
     try:
         return {Path(imported).name for imported in get_relative_import_files(path)}
     except FileNotFoundError as error:
@@ -184,7 +183,7 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def report_files(folder: Path) -> list[str]:
-    """Text and pictures, also of folders below, that are no checkpoints."""
+    """Text files and pictures, also in subfolders, but not in checkpoints."""
     names = []
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
@@ -195,7 +194,7 @@ def report_files(folder: Path) -> list[str]:
 
 
 def is_private(part: str) -> bool:
-    """Whether a part of a path is of no use for those who load the model, or not meant for them."""
+    """Whether a part of a path is of no use to those who load the model, or not meant for them."""
     return any(fnmatch(part, pattern) for pattern in PRIVATE)
 
 
@@ -203,7 +202,7 @@ def is_private(part: str) -> bool:
 
 
 def open_api(repo_id: str, token: str | bool | None) -> HfApi:
-    """The client of the Hub for a token, which must be there."""
+    """The client of the Hub with this token or the stored one."""
     token = get_token() if token in (None, True) else token
     if not token:
         raise PushError(f"{repo_id}: nobody is logged in: run `hf auth login`, or set HF_TOKEN.")
@@ -211,7 +210,7 @@ def open_api(repo_id: str, token: str | bool | None) -> HfApi:
 
 
 def open_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
-    """Make the repository if need be; returns its full name."""
+    """Create the repository if needed, and return its full name."""
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.repo_info(repo_id).private:
         raise PushError(
@@ -251,7 +250,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error stands for; hf_xet has it in its text only."""
+    """The HTTP status that an error stands for; the errors of hf_xet have it only in their text."""
     in_text = re.search(r"HTTP status \w+ error \((\d{3})", str(error))
     return getattr(getattr(error, "response", None), "status_code", None) or (int(in_text[1]) if in_text else None)
 

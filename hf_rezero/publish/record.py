@@ -1,4 +1,4 @@
-"""What a run was: its command, machine, versions and data, without secrets and without paths of the machine."""
+"""The record of a run: command, machine, versions and data, without secrets and without paths of the machine."""
 
 import platform
 import re
@@ -26,7 +26,7 @@ SPLITS = {VALIDATION: "validation", TEST: "test"}
 
 @dataclass
 class DataRecord:
-    """The task, by its name on the Hub, and its data, by their names here and there."""
+    """The task, by its name on the Hub, and its data, by their local names and their names on the Hub."""
 
     task: list[str] = field(default_factory=list)
     datasets: list[str] = field(default_factory=list)
@@ -47,7 +47,7 @@ class ModelRecord:
 
 @dataclass
 class MachineRecord:
-    """What was called, on what machine, with what installed."""
+    """The commands, the machine they ran on, and the versions installed there."""
 
     commands: list[str] = field(default_factory=list)
     hardware: str | None = None
@@ -81,7 +81,7 @@ class MeasuredRecord:
 
 @dataclass
 class RunRecord:
-    """What a card says of a run that no other file holds; `run.json` has the fields of all parts side by side."""
+    """The facts for a card that no other file of the run holds; `run.json` has the fields of all parts side by side."""
 
     data: DataRecord = field(default_factory=DataRecord)
     model: ModelRecord = field(default_factory=ModelRecord)
@@ -112,7 +112,7 @@ class RunRecord:
         return _without_empty(everything)
 
     def with_evaluation(self, later: "RunRecord") -> "RunRecord":
-        """Return this record of a training with what a later run measured of its weights."""
+        """Return this record of a training run, with the metrics that a later run measured on its weights."""
         merged = RunRecord.from_dict(later.to_dict() | self.to_dict())
         merged.measured.results = self.measured.results | later.measured.results
         merged.measured.evaluations = self.measured.evaluations | later.measured.evaluations
@@ -130,12 +130,12 @@ def record_run(
     dataset_args=None,
     finetuned_from=None,
 ) -> RunRecord:
-    """Write `run.json` into the folder of a run: what a card says of it that no other file holds.
+    """Write `run.json` into the folder of a run: the facts for its card that no other file holds.
 
-    Neither paths of this machine nor secrets get into it. A run that only evaluated adds to what the training wrote.
+    It contains neither secrets nor paths of this machine. A run that only evaluates adds to what the training wrote.
 
     Args:
-        trainer: After training or evaluation.
+        trainer: The Trainer, after training or evaluation.
         resweights: `resweight_profile` of its model.
         tasks: The task, by its name on the Hub; default: what the class of the model is for.
         dataset: Name of the data.
@@ -227,12 +227,12 @@ def _versions() -> dict[str, str]:
 
 
 def _of_the_arguments(args) -> dict:
-    """Those that differ from their defaults, and the few that everybody asks for."""
+    """The arguments that differ from their defaults, and a few that are always listed."""
     values = {f.name: (getattr(args, f.name), f.default) for f in fields(args) if f.init}
     shown = {}
     for name, (value, default) in values.items():
         value = getattr(value, "value", value)
-        default = getattr(default, "value", default) or False  # None or False, as derived, say the same
+        default = getattr(default, "value", default) or False  # a default of None that becomes False is no change
         differs = isinstance(value, str | int | float) and value != default
         if (differs or name in ALWAYS_LISTED) and not UNLISTED.search(name):
             shown[name] = redact(value) if isinstance(value, str) else value

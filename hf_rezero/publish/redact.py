@@ -72,13 +72,13 @@ def _is_secret(option: str) -> bool:
     parts = option.lower().replace("-", "_").split("_")
     if len(parts) > 1 and parts[-2] in ("bos", "eos", "sep", "pad", "cls", "mask", "unk"):
         return False
-    # argparse takes the beginning of a name for the name
+    # argparse accepts the beginning of an option for the whole
     shortened = len(option) > 2 and any(name.startswith(option) for name in ("token", "hub_token"))
     return shortened or parts[-1] in ("token", "password", "passwd", "secret", "key", "credentials", "auth")
 
 
 def redact(text: str) -> str:
-    """Take tokens, user names in addresses and folders of this machine out of a value.
+    """Remove tokens, user names in addresses and folders of this machine from a value.
 
     Example:
         >>> redact("a=/home/me/x.txt,b=hf_0123456789abcdefghij,c=https://me:pw@example.org/x?token=1")
@@ -98,7 +98,7 @@ def _is_absolute(name: str) -> bool:
 
 
 def clean_name(name: str) -> str:
-    """A name of data or of a model; of a file only its last part, of an address what may be shown.
+    """The name of data or of a model: of a path only its last part, of an address what may be shown.
 
     Example:
         >>> clean_name("/home/me/enwik8.xz"), clean_name("stanfordnlp/sst2"), clean_name("enwik8, first 4.15 MB")

@@ -1,4 +1,4 @@
-"""What comes back as it was, also after an error: the mode of every module, and random numbers."""
+"""Context managers that restore what a block changes, even after an error: modes of modules, and random states."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def modes_kept(model: nn.Module):
-    """Give every module its own mode back at the end, also after an error: a frozen batch norm stays in eval mode.
+    """Restore the mode of every module at the end, even after an error; a frozen batch norm stays in eval mode.
 
     Example:
         >>> from torch import nn
@@ -31,7 +31,7 @@ def modes_kept(model: nn.Module):
 
 @contextmanager
 def random_numbers_kept(cuda_devices: Sequence[torch.device] | None = None) -> Iterator[None]:
-    """Python, NumPy and torch (on all CUDA devices by default) go on from the random numbers that they were at."""
+    """Restore the random states of Python, NumPy and torch at the end, by default on all CUDA devices."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(cuda_devices):
         try:

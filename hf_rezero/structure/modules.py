@@ -1,4 +1,4 @@
-"""Modules by name, and which side of a weight is which."""
+"""Modules by name, and which dimension of a weight counts its outputs."""
 
 import copy
 from typing import Any
@@ -54,6 +54,6 @@ def can_lack_sublayers(model: nn.Module) -> bool:
 
 
 def provenance_of(model: nn.Module) -> dict | None:
-    """What was pruned from a model, as its config has it, or the model itself where it has no config."""
+    """The record of what was pruned from a model: from its config, or from the model itself if it has no config."""
     config = config_of(model)
     return getattr(model, "pruned", None) if config is None else getattr(config, "pruning", None)

@@ -1,4 +1,4 @@
-"""What a parameter is: a residual weight, or something that decays."""
+"""Whether a parameter is a residual weight, and whether weight decay applies to it."""
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ def check_plain(model: nn.Module) -> None:
     """Refuse a model whose weights cannot be cut: quantised, sharded, or without values.
 
     Raises:
-        ValueError: It has such a weight.
+        ValueError: The model has such a weight.
     """
     for name, parameter in model.named_parameters():
         # the tensors decide: a model read from GGUF has a quantizer and weights in floating point
@@ -35,5 +35,5 @@ def check_plain(model: nn.Module) -> None:
         if not plain or parameter.is_meta:
             raise ValueError(
                 f"{name} is a {type(parameter.data).__name__} of {parameter.dtype} on {parameter.device}: prune the "
-                f"whole model in floating point first, then quantise it or share it out."
+                f"whole model in floating point first, then quantise or shard it."
             )

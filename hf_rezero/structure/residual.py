@@ -1,4 +1,4 @@
-"""Stacks of layers, and what switches a residual branch off."""
+"""Stacks of layers, and the tensors that switch a residual branch off."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -92,14 +92,14 @@ def gates_of(model: nn.Module, name: str, layer: nn.Module, post_norm: bool = Fa
 
 
 def _gates_of_writer(name: str, writer: nn.Module) -> tuple[str, ...]:
-    """Its residual weight where it has one, else all that it writes."""
+    """The residual weight of a writer if it has one, else all tensors that produce its output."""
     if hasattr(writer, "resweight"):
         return (join(name, "resweight"),)
     return tuple(cut.tensor for cut in rows(name, writer))
 
 
 def row_of(layer: nn.Module) -> tuple[Architecture, ResidualLayer] | None:
-    """What the table says of a layer: of the rows whose writers it has, the one that names the most of its parts."""
+    """The row of the table for a layer: of the rows whose writers it has, the one that names most of its parts."""
 
     def found(row: tuple[Architecture, ResidualLayer]) -> int:
         return sum(child(layer, part) is not None for parts in row[1] for part in parts)
@@ -120,7 +120,7 @@ def _writes(module: nn.Module | None) -> bool:
 
 
 def is_norm(module: nn.Module | None) -> bool:
-    """Whether a norm is there and was not replaced by the identity."""
+    """Whether there is a norm that was not replaced by the identity."""
     return module is not None and not isinstance(module, nn.Identity)
 
 
@@ -130,12 +130,12 @@ def is_residual(config) -> bool:
     by_depth = getattr(config, "scale_attn_by_inverse_layer_idx", False)
     cross = getattr(config, "add_cross_attention", False)
     if getattr(config, "activation_position", None) == "sum" and config.hidden_act != "relu":
-        return False  # act(x + 0) is x behind another activation only where it is relu
+        return False  # x comes from an activation already: act(x + 0) is x only for relu
     return norm_position in ("none", "pre") and getattr(config, "skip_connection", True) and not by_depth and not cross
 
 
 def renumber_layers(model: nn.Module, stack: Iterable[nn.Module]) -> None:
-    """Give the layers of a stack, whose number has changed, their places in the cache."""
+    """Renumber the layers of a stack for the cache, after their number has changed."""
     for index, layer in enumerate(stack):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
@@ -150,7 +150,7 @@ DEPTHS = {"encoder": ("encoder_layers", "num_layers"), "decoder": ("decoder_laye
 
 
 def write_config(model: nn.Module, origins: Mapping[str, Sequence[int]]) -> None:
-    """Describe the sizes that the model has now, if the config has words for them.
+    """Write the present sizes of the model into its config, if the config has fields for them.
 
     Args:
         model: The model.

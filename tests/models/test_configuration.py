@@ -40,7 +40,7 @@ def test_a_config_file_from_a_newer_version_is_refused(tmp_path):
     ReZeroConfig().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"config_version": 2}))
-    with pytest.raises(Exception, match="written by a newer hf_rezero, this one reads up to 1: upgrade"):
+    with pytest.raises(Exception, match="written by a newer hf_rezero; this one reads up to 1: upgrade"):
         AutoConfig.from_pretrained(tmp_path)
 
 

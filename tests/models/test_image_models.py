@@ -349,7 +349,7 @@ def test_a_pruned_resnet_learns_on_with_new_statistics():
         (lambda: ReZeroMLPConfig(norm_position="before"), "norm_position='before' is unknown"),
         (lambda: ReZeroMLPConfig(num_hidden_layers=0), "give a positive number"),
         (lambda: ReZeroMLPConfig(config_version=9), "upgrade hf_rezero"),
-        (lambda: rezero_mlp()(torch.randn(2, 3, 9, 9)), "resize the pictures or set image_size"),
+        (lambda: rezero_mlp()(torch.randn(2, 3, 9, 9)), "resize the images or set image_size"),
     ],
 )
 def test_bad_input_is_refused(call, message):

@@ -29,13 +29,13 @@ def test_names(text, expected):
     ["", "gc+", "+sgd", "lookahead+gc+sgd", "gc+gc+sgd", "lookahead+snoo+sgd", "lookahead+", "ema+sgd", "gc+ema+sgd"],
 )
 def test_names_that_have_no_meaning(text):
-    with pytest.raises(ValueError, match=r"optimizer '.*': expected \[gc\+\]"):
+    with pytest.raises(ValueError, match=r"optimiser '.*': expected \[gc\+\]"):
         parse_name(text)
 
 
 @pytest.mark.parametrize("text", ["gc+ranger", "lookahead+ranger", "snoo+ranger_lars", "gc+lookahead+ranger_lars"])
 def test_ranger_takes_no_prefix(text):
-    with pytest.raises(ValueError, match="is Lookahead with centralised gradients already"):
+    with pytest.raises(ValueError, match="has Lookahead and centralised gradients already"):
         parse_name(text)
 
 
@@ -90,7 +90,7 @@ def test_arguments_are_split_between_the_optimizer_and_what_is_around_it():
     ],
 )
 def test_arguments_for_what_the_name_does_not_ask_for(name, text, key):
-    with pytest.raises(ValueError, match=f"{key}: expected any of"):
+    with pytest.raises(ValueError, match=f"{key}: expected (any of|none)"):
         split_arguments(parse_name(name), text)
 
 
@@ -135,5 +135,5 @@ def test_bases():
 def test_a_spec_is_read_once():
     assert parse_optimizer("gc+lars", "eps=1e-6") is parse_optimizer("gc+lars", "eps=1e-6")
     assert parse_optimizer("adafactor").base is None
-    with pytest.raises(ValueError, match="'adafactor', and GradInit has no trial step for it, only for radam, "):
+    with pytest.raises(ValueError, match="'adafactor', for which GradInit has no trial step; it has one for radam, "):
         parse_optimizer("adafactor").trial_step  # noqa: B018

@@ -101,7 +101,7 @@ def test_points_that_are_none_are_refused(points):
 
 
 def test_what_cannot_be_scheduled_is_refused():
-    with pytest.raises(ValueError, match="points of momentum for Adagrad, which has none"):
+    with pytest.raises(ValueError, match="momentum points for Adagrad, which has no momentum"):
         PiecewiseLinear(torch.optim.Adagrad(weights()), 10, [[0, 1]], [[0, 0.9]])
     with pytest.raises(ValueError, match="with ReduceLROnPlateau, which moves all groups together"):
         keep_constant(ReduceLROnPlateau(torch.optim.SGD(weights(), lr=1.0)), [0])
@@ -158,7 +158,7 @@ def test_trainer_runs_superconvergence_and_resumes_it_exactly(make_config, argum
 
 def test_trainer_refuses_constant_rates_of_missing_residual_weights(arguments):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=16, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match="the residual weights of GPT2LMHeadModel were asked for, and the groups"):
+    with pytest.raises(ValueError, match="groups hold no residual weight of GPT2LMHeadModel: use `param_groups`"):
         make_trainer(model, arguments(resweight_constant_lr=True)).train()
 
 

@@ -338,7 +338,7 @@ def attach(model=None, groups=None, **options):
         (lambda: attach(target_sparsity=1.5), "between 0 and 1"),
         (lambda: attach(kind="l0", sphere=True), "sphere=True"),
         (lambda: attach(rezero()), "residual weights are still 0"),
-        (lambda: attach_masks((m := net()), find_groups(m) * 2), "two groups have the same name"),
+        (lambda: attach_masks((m := net()), find_groups(m) * 2), "got two groups of the same name"),
         (lambda: [attach(m := net()), attach(m)], "has masks already"),
         (lambda: find_groups(net(), ["everything"]), "expected some of heads"),
         (lambda: find_groups(nn.LayerNorm(3)), "no rule finds"),

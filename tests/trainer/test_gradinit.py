@@ -144,7 +144,7 @@ def test_an_optimizer_without_a_trial_step_is_refused_before_training(make_model
     known = BASES.keys() | TRIAL_STEPS_ELSEWHERE.keys()
     assert TRIAL_STEPS_ELSEWHERE.keys() <= names and all(base.trial_step for base in BASES.values())
     for name in names - known:
-        with pytest.raises(ValueError, match=f"the optimizer '{name}', and GradInit has no trial step for it"):
+        with pytest.raises(ValueError, match=f"the optimiser '{name}', for which GradInit has no trial step"):
             parse_optimizer(f"gc+lookahead+{name}").trial_step  # noqa: B018
     assert {
         "adafactor",

@@ -153,7 +153,7 @@ def test_arguments_survive_json_pickle_replace_and_the_command_line(arguments):
             r"'rangr': expected \[gc\+\].* radam, ranger, lars, larc, ranger_lars, lamb, muon, adamw_torch",
         ),
         ({"optim": "lookahead+gc+sgd"}, "'lookahead\\+gc\\+sgd': expected"),
-        ({"optim": "gc+ranger"}, "ranger is Lookahead with centralised gradients already"),
+        ({"optim": "gc+ranger"}, "ranger has Lookahead and centralised gradients already"),
         ({"optim": "sgd", "optim_args": "lookahead_k=3"}, "with lookahead_k"),
         ({"optim": "ranger", "optim_args": "k"}, "expected name=value"),
     ],

@@ -46,7 +46,7 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 
     Args:
         nats: Summed negative log likelihood.
-        num_bytes: Of the text that was predicted.
+        num_bytes: Number of bytes of the text that was predicted.
 
     Raises:
         ValueError: There are no bytes.
@@ -70,7 +70,7 @@ class BitsPerByte(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         total, by_token = datasets.Value("float64"), datasets.Sequence(datasets.Value("float64"))
-        # texts first: as a number of bytes, "2026" would be taken for one
+        # texts first, or the text "2026" would be taken for a number of bytes
         options = [_features(prediction, kind) for kind in ("string", "int64") for prediction in (total, by_token)]
         return evaluate.MetricInfo(
             description=_DESCRIPTION,

@@ -22,10 +22,10 @@ CHOICES = {
     "resweight_sharing": ("layer", "sublayer", "none"),
 }
 
-# what a single layer may have of its own: these sizes stay inside the layer
+# sizes that each layer may have of its own, because they stay inside the layer
 PER_LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
-# transformers' word for a layer without a sublayer, `skip`, in the sizes that say the same
+# `skip`, transformers' word for a layer without a sublayer, written as sizes
 NO_ATTENTION = {"num_attention_heads": 0, "num_key_value_heads": 0}
 SKIPPED = {"attention": NO_ATTENTION, "self_attn": NO_ATTENTION, "mlp": {"intermediate_size": 0}}
 
@@ -65,26 +65,27 @@ class ReZeroConfig(PreTrainedConfig):
 
     Args:
         vocab_size: Number of token ids; the default is 256 bytes and 6 special tokens, padded to a multiple of 8.
-        num_key_value_heads: Key/value heads shared by groups of query heads; `None` means one each.
+        num_key_value_heads: Key/value heads shared by groups of query heads; `None` means one for each query head.
         head_dim: Size of a head; `None` means `hidden_size // num_attention_heads`.
         intermediate_size: Width of the feed-forward layer; `None` means `4 * hidden_size`.
         hidden_act: A fused activation. `gelu_new` is refused: `gelu_pytorch_tanh` is the same function in one kernel.
         is_causal: `True` for a decoder that never looks ahead, `False` for a bidirectional encoder.
         position_embedding_type: `rotary`, `learned` (a table of `max_position_embeddings` rows) or `sinusoidal`.
-        resweight_init: Initial residual weight. 0 is the paper; with `1 / sqrt(2 * num_hidden_layers)`, which keeps
-            the stream of order 1, the layers learn from the first step. Short runs favoured now one, now the other.
+        resweight_init: Initial residual weight. The paper has 0. With `1 / sqrt(2 * num_hidden_layers)` the stream stays
+            of order 1, and the layers learn from the first step. Short runs favoured now one, now the other.
         resweight_sharing: One weight per `layer` (the paper) or one per `sublayer`; `none` for x + F(x) without any, as
             `fold_resweight_` leaves a model.
-        final_norm: A norm before the head; `None` means only where the branches read normed input (`pre`).
+        final_norm: A norm before the head; `None` means only with `norm_position="pre"`.
         embedding_std: Standard deviation of the embedding output. Without norms it sets the scale of the whole
             residual stream and must be of order 1.
-        initializer_range: Standard deviation of the language-model head, and of the shared table when
-            `tie_word_embeddings` (which is then multiplied up to `embedding_std` on the way in).
-        config_version: Format of this file; a newer one than the code knows is refused.
-        per_layer_config: Sizes of single layers, `{2: {"num_attention_heads": 4, "num_key_value_heads": 4}}`, as pruning
-            leaves them: also `intermediate_size`. Both head counts 0 leave out the attention of the layer with its
-            residual and norm, `intermediate_size` 0 its feed-forward sublayer; `{"skip": ["attention"]}` and
-            `{"skip": ["mlp"]}`, as transformers writes it, mean the same.
+        initializer_range: Standard deviation of the language-model head. With `tie_word_embeddings` it is that of the
+            shared table, whose rows are multiplied up to `embedding_std` on the way in.
+        config_version: Format of this file; a format newer than the code is refused.
+        per_layer_config: Sizes of single layers, as pruning leaves them, such as
+            `{2: {"num_attention_heads": 4, "num_key_value_heads": 4}}`; `intermediate_size` may be set too. A layer whose
+            head counts are both 0 has no attention, with its residual and norm; one whose `intermediate_size` is 0 has
+            no feed-forward sublayer. `{"skip": ["attention"]}` and `{"skip": ["mlp"]}`, as transformers writes it, mean
+            the same.
 
     Raises:
         ValueError: A value is not one of its choices, the sizes do not divide, or a layer is left with nothing.
@@ -97,7 +98,7 @@ class ReZeroConfig(PreTrainedConfig):
 
     model_type = "rezero"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
-    # or every reader of a size that some layer overrides gets an error, also `getattr` with a default
+    # otherwise reading a size that some layer overrides raises an error, even in `getattr` with a default
     allow_global_per_layer_attribute_access = True
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -176,7 +177,7 @@ class ReZeroConfig(PreTrainedConfig):
         """Refuse values that no model can be built from, each with one message that says what to do."""
         if self.config_version > CONFIG_VERSION:
             raise ValueError(
-                f"config_version={self.config_version} was written by a newer hf_rezero, this one reads up to "
+                f"config_version={self.config_version} was written by a newer hf_rezero; this one reads up to "
                 f"{CONFIG_VERSION}: upgrade hf_rezero."
             )
         for name, choices in CHOICES.items():
@@ -193,7 +194,7 @@ class ReZeroConfig(PreTrainedConfig):
             _validate_layer(layer, f"layer {i}: " if self.is_heterogeneous else "")
         if layers and not any(layer.num_attention_heads for layer in layers):
             raise ValueError(
-                f"num_attention_heads is 0 in all {len(layers)} layers, so that no token sees another: "
+                f"num_attention_heads is 0 in all {len(layers)} layers, so no token sees another: "
                 f"keep the heads of at least one layer."
             )
 
@@ -203,13 +204,13 @@ class ReZeroConfig(PreTrainedConfig):
             if name not in PER_LAYER_SIZES or not isinstance(size, int) or size < 0:
                 raise ValueError(
                     f"per_layer_config sets {name}={size!r}: a layer may have its own {', '.join(PER_LAYER_SIZES)}, "
-                    f"each a whole number, 0 to do without."
+                    f"each a whole number; 0 leaves it out."
                 )
         for name in PER_LAYER_SIZES:
             if getattr(self, name) < (0 if name in dict(overrides) else 1):
                 raise ValueError(
                     f"got {name}={getattr(self, name)} for every layer: give a positive number, "
-                    f"and 0 in per_layer_config to the layers that do without."
+                    f"and 0 in per_layer_config to the layers that have none."
                 )
 
 
@@ -218,7 +219,7 @@ def _validate_layer(layer, where):
     if bool(heads) != bool(kv_heads):
         raise ValueError(
             f"{where}num_attention_heads={heads} with num_key_value_heads={kv_heads}: "
-            f"set both to 0 to leave out the attention, or none."
+            f"set both to 0 to leave out the attention, or neither."
         )
     if heads and heads % kv_heads:
         raise ValueError(
@@ -237,7 +238,7 @@ def _validate_layer(layer, where):
         )
     if layer.position_embedding_type == "rotary" and layer.head_dim % 2:
         raise ValueError(
-            f"head_dim={layer.head_dim} is odd: rotary positions turn pairs of features, use an even head_dim "
+            f"head_dim={layer.head_dim} is odd: rotary positions turn pairs of features; use an even head_dim "
             f"or position_embedding_type='learned'."
         )
 

@@ -56,7 +56,7 @@ def one_cache(cache: Any, past_key_values: Any) -> Any:
 
 
 def carries_data(value: Any) -> bool:
-    """Whether an argument is or holds a tensor, a mask or a cache, so that a model which ignores it errs."""
+    """Whether an argument is or holds a tensor, a mask or a cache, so that ignoring it would change the result."""
     if isinstance(value, Mapping):
         value = tuple(value.values())
     if isinstance(value, (tuple, list)):
@@ -65,10 +65,10 @@ def carries_data(value: Any) -> bool:
 
 
 def refuse_unknown(model: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """Refuse what is left of the arguments of a forward pass where it carries data that nothing here reads.
+    """Refuse the remaining arguments of a forward pass if they carry data that nothing here reads.
 
-    A renamed cache, mask or position argument that is swallowed gives wrong text. What transformers documents for every
-    model passes, and so do numbers and names, for the attention functions of inference engines.
+    Ignoring a renamed cache, mask or position argument would give wrong text. Arguments that transformers documents for
+    every model pass. So do numbers and names, which are for the attention functions of inference engines.
 
     Raises:
         TypeError: Such an argument was given.
@@ -77,7 +77,7 @@ def refuse_unknown(model: nn.Module, arguments: Mapping[str, Any]) -> None:
     if unknown:
         raise TypeError(
             f"{type(model).__name__}.forward got {', '.join(unknown)}, which it does not read: leave it out, or upgrade "
-            f"the code of the model where a newer transformers has renamed one of its arguments."
+            f"the code of the model if a newer transformers has renamed one of its arguments."
         )
 
 
@@ -168,10 +168,10 @@ def chunked_causal_lm_loss(
     chunk_size: int = 2**26,
     **kwargs,
 ) -> torch.Tensor:
-    """Mean -log p of the next labels, which holds at most `chunk_size` logits at a time; the backward pass makes them anew.
+    """Mean -log p of the next labels, with at most `chunk_size` logits at a time; the backward pass recomputes them.
 
     hidden_states (B, T, D), labels (B, T) with `ignore_index` where nothing is to be predicted, or `shift_labels`, already
-    shifted. Where all logits fit in one chunk nothing is computed twice.
+    shifted. If all logits fit in one chunk, nothing is computed twice.
     """
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
@@ -308,7 +308,7 @@ def batched_matmul_attention(
 
 
 def flash_backward_is_slow(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether plain products train faster, in bf16 on a CPU, at the price of keeping the weights, T x S per head."""
+    """Whether plain products train faster, as in bf16 on a CPU; they keep T x S attention weights for each head."""
     is_training = query.requires_grad and torch.is_grad_enabled()
     return is_training and query.dtype == torch.bfloat16 and query.device.type == "cpu" and key.shape[2] <= 512
 
@@ -323,7 +323,7 @@ class ReZeroAttention(nn.Module):
         self.is_causal = is_causal
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
-        # `config` stays the model's own, or a change of its `_attn_implementation` would not arrive here
+        # keep the model's own `config`, or a change of its `_attn_implementation` would not arrive here
         sizes = config.per_layer_config[layer_idx]
         self.num_key_value_groups = sizes.num_attention_heads // sizes.num_key_value_heads
         width, kv_width = sizes.num_attention_heads * self.head_dim, sizes.num_key_value_heads * self.head_dim
@@ -412,7 +412,7 @@ class ReZeroMLP(nn.Module):
 class ReZeroLayer(GradientCheckpointingLayer):
     """x <- x + resweight * SelfAttention(x); x <- x + resweight * MLP(x), with cross-attention between when asked for.
 
-    A sublayer of size 0 in `config.per_layer_config` is None and is passed over.
+    A sublayer of size 0 in `config.per_layer_config` is None and is skipped.
     """
 
     def __init__(self, config: ReZeroConfig, layer_idx: int):
@@ -434,7 +434,7 @@ class ReZeroLayer(GradientCheckpointingLayer):
             self.norms = nn.ModuleDict({name: _make_norm(config) for name in sublayers})
 
     def sizes(self) -> dict[str, int]:
-        """The sizes that `per_layer_config` has words for, as the modules have them; 0 for what is not there."""
+        """The sizes of the modules, by their names in `per_layer_config`; 0 for a sublayer that is not there."""
         attention, mlp = self.self_attn, self.mlp
         return {
             "num_attention_heads": attention.q_proj.out_features // attention.head_dim if attention is not None else 0,
@@ -527,9 +527,9 @@ class ReZeroPreTrainedModel(PreTrainedModel):
             ) from error
 
     def sync_config(self) -> None:
-        """Write the sizes that the modules have into the config, as after pruning or growing.
+        """Write the sizes of the modules into the config, for use after pruning or growing.
 
-        A size that all layers share is a plain value, one that differs an override of each layer.
+        A size that all layers share becomes a plain value; one that differs becomes an override in each layer.
         """
         model, config = self.base_model, self.config
         sizes = [layer.sizes() for layer in model.layers]
@@ -546,12 +546,12 @@ class ReZeroPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Resize as every model of transformers does; new rows not drawn around the mean get initial values."""
+        """Resize as every model of transformers does; without `mean_resizing` new rows get initial values."""
         old = self.get_input_embeddings()
         rows, scale = old.num_embeddings, getattr(old, "scale", 1.0)
         table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         if not mean_resizing:
-            # super() draws them as for a position table and a projection: nothing tells it the modules apart
+            # super() draws them as for a position table and a projection, because it cannot tell the modules apart
             table.weight[rows:].normal_(std=self.config.embedding_std / scale)
             head = self.get_output_embeddings()
             if head is not None and head.weight is not table.weight:
@@ -631,7 +631,7 @@ class ReZeroModel(ReZeroPreTrainedModel):
         self.post_init()
 
     def extra_repr(self) -> str:
-        """The residual weights of all layers in one line: told by each layer, they would keep equal layers apart."""
+        """The residual weights of all layers in one line: a line for each layer would keep the repr from grouping layers."""
         weights = [p for name, p in self.named_parameters() if name.endswith("resweight")]
         if not weights or any(type(p) is not nn.Parameter or p.is_meta for p in weights):  # sharded, or without values
             return ""
@@ -641,7 +641,7 @@ class ReZeroModel(ReZeroPreTrainedModel):
     def number_attention_layers(self):
         """Give slot k of the key/value cache to the k-th layer that has attention; call it again after surgery.
 
-        A cache takes the length of slot 0 for its own, so that slot must not stay empty.
+        A cache takes the length of slot 0 for its own, so slot 0 must not stay empty.
         """
         for slot, layer in enumerate(layer for layer in self.layers if layer.self_attn is not None):
             layer.self_attn.layer_idx = slot
@@ -774,7 +774,7 @@ class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):
             self.config.num_hidden_layers = num_hidden_layers
 
     def _get_static_cache_init_shape(self):
-        """Head counts in the order of `number_attention_layers`; None, and so at first use, where one must serve all."""
+        """Head counts in the order of `number_attention_layers`; None, to wait for the first use, if one count serves all."""
         shape = super()._get_static_cache_init_shape()
         heads = [sizes.num_key_value_heads for sizes in self.config.per_layer_config]
         if shape is None or len(set(heads)) == 1:
@@ -798,7 +798,9 @@ class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithCrossAttentions:
-        shift_labels = kwargs.pop("shift_labels", None)  # by name, or the Trainer would ask every data set for it
+        shift_labels = kwargs.pop(
+            "shift_labels", None
+        )  # no named argument, or the Trainer would expect it in every data set
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -831,7 +833,7 @@ def keep_positions(hidden_states: torch.Tensor, kept: int | torch.Tensor) -> tor
     """The positions of (B, T, D) whose logits are wanted.
 
     `kept` is a number of last positions, 0 for all; positions (P,) of every row or (B, P) of each; or a mask (B, T),
-    whose rows come out in one list (P, D).
+    which gives one list of rows (P, D).
     """
     if isinstance(kept, int):
         return hidden_states[:, -kept:] if kept else hidden_states
@@ -856,7 +858,9 @@ class ReZeroForMaskedLM(ReZeroPreTrainedModel):
     def __init__(self, config: ReZeroConfig):
         super().__init__(config)
         if config.is_causal:
-            raise ValueError("masked language modelling reads both sides: build the config with is_causal=False.")
+            raise ValueError(
+                "got is_causal=True, but masked language modelling reads both sides: build the config with is_causal=False."
+            )
         self.model = ReZeroModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -19,7 +19,7 @@ CHOICES = {
 
 @strict
 class ReZeroMLPConfig(PreTrainedConfig):
-    r"""Shape and residual rule of a fully connected net for pictures; the default is that of the paper's Figure 3.
+    r"""Shape and residual rule of a fully connected net for images; the defaults are those of the paper's Figure 3.
 
     With `F(x) = act(W x + b)`, `N` a layer norm and `w` the `resweight`:
 
@@ -34,12 +34,12 @@ class ReZeroMLPConfig(PreTrainedConfig):
     | branch norm `x + N(F(x))`| branch          | True              | 1                | False                 |
 
     Args:
-        image_size: Height and width of the pictures; the net reads all their values at once.
-        num_channels: Of the pictures.
-        num_hidden_layers: Layers between the first, which maps the picture to `hidden_size`, and the classifier.
-        initializer_variance: Of the hidden weights, times their number of inputs: 2 keeps the size of rectified
-            activations; the official code gives the residual net 0.25.
-        config_version: Format of this file; a newer one than the code knows is refused.
+        image_size: Height and width of the images; the net reads all their values at once.
+        num_channels: Channels of the images.
+        num_hidden_layers: Layers between the first, which maps the image to `hidden_size`, and the classifier.
+        initializer_variance: Variance of the hidden weights, times their number of inputs. 2 keeps the size of rectified
+            activations; the official code uses 0.25 for the residual net.
+        config_version: Format of this file; a format newer than the code is refused.
 
     Raises:
         ValueError: A value is not one of its choices, or a size is not positive.
@@ -74,7 +74,7 @@ class ReZeroMLPConfig(PreTrainedConfig):
         """Refuse values that no model can be built from, each with one message that says what to do."""
         if self.config_version > CONFIG_VERSION:
             raise ValueError(
-                f"config_version={self.config_version} was written by a newer hf_rezero, this one reads up to "
+                f"config_version={self.config_version} was written by a newer hf_rezero; this one reads up to "
                 f"{CONFIG_VERSION}: upgrade hf_rezero."
             )
         for name, choices in CHOICES.items():

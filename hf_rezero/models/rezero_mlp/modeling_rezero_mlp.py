@@ -26,7 +26,7 @@ PASSED_ON = frozenset(TransformersKwargs.__annotations__)
 
 
 def refuse_unknown(model: nn.Module, arguments: dict) -> None:
-    """Refuse arguments that carry data which no image model reads, such as a mask; swallowed, they would change nothing.
+    """Refuse arguments with data that no image model reads, such as a mask, instead of ignoring them silently.
 
     Raises:
         TypeError: Such an argument was given.
@@ -39,7 +39,7 @@ def refuse_unknown(model: nn.Module, arguments: dict) -> None:
 
 
 class ReZeroMLPLayer(nn.Module):
-    """x + w F(x), pre x + w F(N(x)), post N(x + w F(x)), branch x + w N(F(x)); without x where there is no skip."""
+    """x + w F(x), pre x + w F(N(x)), post N(x + w F(x)), branch x + w N(F(x)); without x if there is no skip."""
 
     def __init__(self, config: ReZeroMLPConfig):
         super().__init__()
@@ -92,18 +92,18 @@ class ReZeroMLPPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def sync_config(self) -> None:
-        """Write the number of layers into the config, as after pruning or growing."""
+        """Write the number of layers into the config, for use after pruning or growing."""
         self.config.num_hidden_layers = len(self.base_model.layers)
 
 
 class ReZeroMLPModel(ReZeroMLPPreTrainedModel):
-    """A linear map of the picture to D values, and `num_hidden_layers` layers.
+    """A linear map of the image to D values, and `num_hidden_layers` layers.
 
     With gradient checkpointing the layers run in sqrt(L) segments, of which only the inputs are kept: activations take
     2 sqrt(L) instead of L times the memory of a layer, for one more forward pass.
 
     Raises:
-        ValueError: Pictures of another shape than the config has.
+        ValueError: The images do not have the shape in the config.
 
     Example:
         >>> import torch
@@ -122,7 +122,7 @@ class ReZeroMLPModel(ReZeroMLPPreTrainedModel):
         self.post_init()
 
     def extra_repr(self) -> str:
-        """The residual weights of all layers in one line: told by each layer, they would keep equal layers apart."""
+        """The residual weights of all layers in one line: a line for each layer would keep the repr from grouping layers."""
         weights = [p for name, p in self.named_parameters() if name.endswith("resweight")]
         if not weights or any(type(p) is not nn.Parameter or p.is_meta for p in weights):  # sharded, or without values
             return ""
@@ -140,13 +140,13 @@ class ReZeroMLPModel(ReZeroMLPPreTrainedModel):
     def forward(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPoolingAndNoAttention:
-        """Features (B, D) of pictures (B, `num_channels`, `image_size`, `image_size`)."""
+        """Features (B, D) of images (B, `num_channels`, `image_size`, `image_size`)."""
         refuse_unknown(self, kwargs)
         config = self.config
         if pixel_values.shape[1:] != (config.num_channels, config.image_size, config.image_size):
             raise ValueError(
                 f"got pixel_values of shape {tuple(pixel_values.shape)}: expected (batch, {config.num_channels}, "
-                f"{config.image_size}, {config.image_size}); resize the pictures or set image_size."
+                f"{config.image_size}, {config.image_size}); resize the images or set image_size."
             )
         hidden_states, depth = self.embed(pixel_values.flatten(1)), len(self.layers)
         if self.gradient_checkpointing and self.training:
@@ -161,7 +161,7 @@ class ReZeroMLPModel(ReZeroMLPPreTrainedModel):
 
 
 class ReZeroMLPForImageClassification(ReZeroMLPPreTrainedModel):
-    """A linear classifier behind the last layer.
+    """A linear classifier after the last layer.
 
     Example:
         >>> import torch
@@ -171,7 +171,7 @@ class ReZeroMLPForImageClassification(ReZeroMLPPreTrainedModel):
         torch.Size([2, 10])
     """
 
-    accepts_loss_kwargs = False  # the loss is the mean over the pictures of a batch
+    accepts_loss_kwargs = False  # the loss is the mean over the images of a batch
 
     def __init__(self, config: ReZeroMLPConfig):
         super().__init__(config)
@@ -184,7 +184,7 @@ class ReZeroMLPForImageClassification(ReZeroMLPPreTrainedModel):
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> ImageClassifierOutputWithNoAttention:
-        """Logits (B, `num_labels`) of pictures (B, `num_channels`, `image_size`, `image_size`), and the loss in nats."""
+        """Logits (B, `num_labels`) of images (B, `num_channels`, `image_size`, `image_size`), and the loss in nats."""
         outputs = self.model(pixel_values, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)

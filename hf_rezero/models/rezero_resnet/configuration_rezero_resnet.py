@@ -24,9 +24,9 @@ CONVOLUTIONS = {"basic": 2, "bottleneck": 3}
 
 @strict
 class ReZeroResNetConfig(PreTrainedConfig):
-    r"""Shape and residual rule of a ResNet for pictures; the default is the ResNet-20 of CIFAR-10 with ReZero.
+    r"""Shape and residual rule of a ResNet for images; the default is the ResNet-20 of CIFAR-10 with ReZero.
 
-    With `F` the convolutions of a block, each with its norm and all but the last with an activation behind, and
+    With `F` the convolutions of a block, each followed by its norm and, except the last, by an activation, and
     `w` the `resweight`:
 
     | rule                                          | `activation_position` | `resweight_init` | `resweight_trainable` |
@@ -47,9 +47,9 @@ class ReZeroResNetConfig(PreTrainedConfig):
     n = 3, 9, 18, 200 are ResNet-20, 56, 110, 1202. ResNet-50 has `shortcut_type="projection"`, He et al.'s option B.
 
     Args:
-        num_channels: Of the picture.
+        num_channels: Channels of the images.
         stem: `cifar`, a convolution of 3 x 3; `imagenet`, one of 7 x 7 and a pooling, which divide the sides by 4.
-        embedding_size: Channels behind the stem.
+        embedding_size: Channels after the stem.
         hidden_sizes: Channels of each stage; the first block of every stage but the first halves the sides.
         depths: Blocks of each stage.
         layer_type: `basic`, two convolutions of 3 x 3; `bottleneck`, 1 x 1, 3 x 3 and 1 x 1 with a quarter of the channels.
@@ -57,14 +57,14 @@ class ReZeroResNetConfig(PreTrainedConfig):
         shortcut_type: Where a block changes its shape: `pad`, every second pixel and channels of 0 (option A), or
             `projection`, a convolution of 1 x 1 (option B).
         resweight_init: Initial residual weight.
-        zero_init_residual: Gamma of the last norm of each block starts at 0. Refused with `resweight_init` 0: no
-            gradient would ever leave 0 there.
-        inner_sizes: Channels inside the blocks, `[stage][block][convolution]`, as pruning leaves them; `None` means as
-            the stage has them.
-        config_version: Format of this file; a newer one than the code knows is refused.
+        zero_init_residual: Gamma of the last norm of each block starts at 0. Refused with `resweight_init` 0:
+            the block would never get a gradient.
+        inner_sizes: Channels inside the blocks, `[stage][block][convolution]`, as pruning leaves them; `None` takes
+            them from the stage.
+        config_version: Format of this file; a format newer than the code is refused.
 
     Raises:
-        ValueError: A value is not one of its choices, lists do not match, or both zeros meet.
+        ValueError: A value is not one of its choices, lists do not match, or `resweight` and gamma both start at 0.
 
     Example:
         >>> from hf_rezero import ReZeroResNetConfig
@@ -105,7 +105,7 @@ class ReZeroResNetConfig(PreTrainedConfig):
         """Refuse values that no model can be built from, each with one message that says what to do."""
         if self.config_version > CONFIG_VERSION:
             raise ValueError(
-                f"config_version={self.config_version} was written by a newer hf_rezero, this one reads up to "
+                f"config_version={self.config_version} was written by a newer hf_rezero; this one reads up to "
                 f"{CONFIG_VERSION}: upgrade hf_rezero."
             )
         for name, choices in CHOICES.items():
@@ -131,8 +131,8 @@ class ReZeroResNetConfig(PreTrainedConfig):
         inner = CONVOLUTIONS[self.layer_type] - 1
         if counts != self.depths or any(len(block) != inner or min(block) < 1 for block in sizes):
             raise ValueError(
-                f"got inner_sizes={self.inner_sizes}: expected for each of depths={self.depths} blocks the channels "
-                f"between its convolutions, {inner} positive number{'s' * (inner > 1)}."
+                f"got inner_sizes={self.inner_sizes}: expected the channels between the convolutions, {inner} positive "
+                f"number{'s' * (inner > 1)}, for each of depths={self.depths} blocks."
             )
 
 

@@ -30,7 +30,7 @@ PASSED_ON = frozenset(TransformersKwargs.__annotations__)
 
 
 def refuse_unknown(model: nn.Module, arguments: dict) -> None:
-    """Refuse arguments that carry data which no image model reads, such as a mask; swallowed, they would change nothing.
+    """Refuse arguments with data that no image model reads, such as a mask, instead of ignoring them silently.
 
     Raises:
         TypeError: Such an argument was given.
@@ -89,7 +89,7 @@ class ReZeroResNetBlock(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.hidden_act]
         sizes = pairwise((inputs, *inner, outputs))
         kernels, self.number = ((3, 3) if config.layer_type == "basic" else (1, 3, 1)), CONVOLUTIONS[config.layer_type]
-        # the stride is that of the first convolution of 3 x 3
+        # the first convolution of 3 x 3 has the stride
         strides = [stride if i == kernels.index(3) else 1 for i in range(self.number)]
         for i, ((a, b), kernel, step) in enumerate(zip(sizes, kernels, strides, strict=True), 1):
             if config.activation_position == "pre":
@@ -138,7 +138,7 @@ def _stages(config: ReZeroResNetConfig) -> Iterator[nn.ModuleList]:
 
 @contextmanager
 def _untouched_statistics(block: nn.Module):
-    """Batch norms count each batch once, although checkpointing runs a block twice."""
+    """Let batch norms count each batch once, although checkpointing runs a block twice."""
     norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -194,7 +194,7 @@ class ReZeroResNetPreTrainedModel(PreTrainedModel):
                 block._gradient_checkpointing_func = partial(_checkpoint_block, gradient_checkpointing_func, block)
 
     def sync_config(self) -> None:
-        """Write the sizes that the modules have into the config, as after pruning or growing."""
+        """Write the sizes of the modules into the config, for use after pruning or growing."""
         stages, config = self.base_model.stages, self.config
         number = CONVOLUTIONS[config.layer_type]
         sizes = [
@@ -207,10 +207,10 @@ class ReZeroResNetPreTrainedModel(PreTrainedModel):
 
 
 class ReZeroResNetModel(ReZeroResNetPreTrainedModel):
-    """Stem, stages of residual blocks, and the mean over the picture.
+    """Stem, stages of residual blocks, and the mean over the image.
 
     Raises:
-        ValueError: Pictures with another number of channels than `config.num_channels`.
+        ValueError: The images do not have `config.num_channels` channels.
 
     Example:
         >>> import torch
@@ -233,7 +233,7 @@ class ReZeroResNetModel(ReZeroResNetPreTrainedModel):
         self.post_init()
 
     def extra_repr(self) -> str:
-        """The residual weights of all layers in one line: told by each layer, they would keep equal layers apart."""
+        """The residual weights of all layers in one line: a line for each layer would keep the repr from grouping layers."""
         weights = [p for name, p in self.named_parameters() if name.endswith("resweight")]
         if not weights or any(type(p) is not nn.Parameter or p.is_meta for p in weights):  # sharded, or without values
             return ""
@@ -245,7 +245,7 @@ class ReZeroResNetModel(ReZeroResNetPreTrainedModel):
     def forward(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPoolingAndNoAttention:
-        """Features of pictures (B, C, H, W): a map (B, `hidden_sizes[-1]`, h, w), and its mean (B, `hidden_sizes[-1]`)."""
+        """Features of images (B, C, H, W): a map (B, `hidden_sizes[-1]`, h, w), and its mean (B, `hidden_sizes[-1]`)."""
         refuse_unknown(self, kwargs)
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
@@ -264,7 +264,7 @@ class ReZeroResNetModel(ReZeroResNetPreTrainedModel):
 
 
 class ReZeroResNetForImageClassification(ReZeroResNetPreTrainedModel):
-    """A linear classifier of the mean over the picture.
+    """A linear classifier on the mean over the image.
 
     Example:
         >>> import torch
@@ -276,7 +276,7 @@ class ReZeroResNetForImageClassification(ReZeroResNetPreTrainedModel):
         0.27
     """
 
-    accepts_loss_kwargs = False  # the loss is the mean over the pictures of a batch
+    accepts_loss_kwargs = False  # the loss is the mean over the images of a batch
 
     def __init__(self, config: ReZeroResNetConfig):
         super().__init__(config)
@@ -289,7 +289,7 @@ class ReZeroResNetForImageClassification(ReZeroResNetPreTrainedModel):
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> ImageClassifierOutputWithNoAttention:
-        """Logits (B, `num_labels`) of pictures (B, C, H, W), and the loss in nats when `labels` (B,) are given."""
+        """Logits (B, `num_labels`) of images (B, C, H, W), and the loss in nats when `labels` (B,) are given."""
         outputs = self.resnet(pixel_values, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
