@@ -71,6 +71,8 @@ def _turn(link: re.Match, here: str, page: Page) -> str:
         return link[0]
     source = posixpath.normpath(posixpath.join(posixpath.dirname(here), url))
     target = places().get(source) or (source.removeprefix("docs/") if source.startswith("docs/") else None)
+    if target is not None and target.endswith(".ipynb"):
+        target = f"{target.removesuffix('.ipynb')}.md"  # its page, which `site_notebooks.py` makes
     if target is not None:
         relative = posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".")
         return _figure(text, relative, source) if image else f"[{text}]({relative}{anchor})"

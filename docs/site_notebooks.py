@@ -25,7 +25,9 @@ def page_of(notebook: dict, name: str) -> tuple[str, dict[str, bytes]]:
     """The Markdown of a notebook, and its figures by file name."""
     figures: dict[str, bytes] = {}
     title, *parts = (part for cell in notebook["cells"] for part in _parts(cell, name, figures))
-    link = f"*[Download this notebook]({name}.ipynb)* and run it in Jupyter, or in Colab by *File, Upload notebook*."
+    # as HTML: to the hook of links, a notebook is its page
+    file = f'<a href="../{name}.ipynb" download>Download this notebook</a>'
+    link = f"*{file} and run it in Jupyter, or in Colab by File, Upload notebook.*"
     return "\n\n".join([title, link, *parts]) + "\n", figures
 
 

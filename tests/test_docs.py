@@ -137,6 +137,14 @@ def test_the_citation_names_this_version():
     assert f"\nversion: {hf_rezero.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
+def test_the_changelog_is_by_release_and_by_kind():
+    releases = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]
+    assert all(re.match(r"\[(Unreleased\]|\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d)\n", release) for release in releases)
+    kinds = {kind for release in releases for kind in re.findall(r"^### (.*)$", release, re.MULTILINE)}
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert all(re.search(r"^### \w+\n\n- ", release, re.MULTILINE) for release in releases)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_the_docstrings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
