@@ -193,7 +193,7 @@ def load_checkpoint(args: TextModelArguments) -> PreTrainedModel:
     """The model to prune, also one that was pruned before."""
     folder = Path(args.model_name_or_path)
     own = read_json(folder / "config.json")
-    if own.get("pruning") and own["model_type"] != "rezero":
+    if own.get("pruning") and "auto_map" not in own:  # of stock models, by earlier versions too, which cut no class
         config = AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
         model = AutoModelForCausalLM.from_config(config, dtype=weight_type(args.dtype))
         load_pruned(folder, model)
@@ -382,14 +382,10 @@ def print_summary(trainer: ReZeroTrainer, report: PruningReport, unit: Unit) -> 
 
 def load_lines(model: PreTrainedModel, folder: str) -> str:
     """The Python that loads the pruned checkpoint."""
-    if model.config.model_type == "rezero":
-        return (
-            "import hf_rezero; from transformers import AutoModelForCausalLM\n"
-            f"model = AutoModelForCausalLM.from_pretrained({folder!r})"
-        )
+    needs_code = "import hf_rezero; " if hasattr(model.config, "auto_map") else ""
     return (
-        "from hf_rezero.pruning import load_pruned; from transformers import AutoConfig, AutoModelForCausalLM\n"
-        f"model = load_pruned({folder!r}, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained({folder!r})))"
+        f"{needs_code}from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({folder!r})"
     )
 
 

@@ -35,6 +35,7 @@ from ..diagnostics.resweights import resweight_profile
 from ..files import write_text
 from ..optim.registry import split_items
 from ..plots import plot_resweights, plot_training
+from ..rewrite import rezero_
 from ..structure.states import check_finite
 from ..trainer.arguments import ReZeroTrainingArguments
 from ..trainer.checkpoints import check_model_files, resume_point
@@ -54,6 +55,14 @@ class ModelArguments:
     config_name: str | None = field(default=None, metadata={"help": "Folder or Hub name of a config for a new model."})
     config_overrides: str | None = field(
         default=None, metadata={"help": "Config of a new model: name=value,name=value. Derived fields follow."}
+    )
+    rezero: bool = field(
+        default=False,
+        metadata={"help": "Residual weights in place of norms, in a model of any --model_type that transformers has."},
+    )
+    rezero_args: str | None = field(
+        default=None,
+        metadata={"help": "For --rezero: norm=keep,resweight_sharing=layer ... as rezero_ takes them."},
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flex_attention ...; eager is the fastest for bf16 on a CPU."}
@@ -273,7 +282,7 @@ def load_any_model(
         config_values: Values for the config of either, such as the names of labels.
 
     Raises:
-        ValueError: Overrides for a checkpoint.
+        ValueError: Overrides for a checkpoint, or a model that `rezero_` refuses.
     """
     hub = _hub(args)
     options = {"attn_implementation": args.attn_implementation, "dtype": weight_type(args.dtype)}
@@ -282,12 +291,37 @@ def load_any_model(
         check_files_of(args.model_name_or_path)
         options |= load_options or {}
         model = auto_class.from_pretrained(args.model_name_or_path, **hub, **options, **config_values)
-        return check_finite(model, args.model_name_or_path)
+        return _with_residual_weights(check_finite(model, args.model_name_or_path), args)
     if args.config_name:
         config = AutoConfig.from_pretrained(args.config_name, **hub, **config_values)
     else:
         config = build_config(args.model_type, args.config_overrides, **shape, **config_values)
-    return auto_class.from_config(config, trust_remote_code=args.trust_remote_code, **options)
+    model = auto_class.from_config(config, trust_remote_code=args.trust_remote_code, **options)
+    return _with_residual_weights(model, args)
+
+
+REZERO_ARGUMENTS = ("norm", "resweight_init", "resweight_sharing", "final_norm", "qk_norm", "init")
+
+
+def _with_residual_weights(model: PreTrainedModel, args: ModelArguments) -> PreTrainedModel:
+    """The model after `rezero_` where the arguments ask for it.
+
+    Raises:
+        ValueError: `rezero_args` without `rezero`, an argument that `rezero_` does not take, or what that raises.
+    """
+    given = [
+        tuple(part.strip() for part in item.partition("=")) for item in split_items(args.rezero_args or "") if item
+    ]
+    wrong = next(("".join(item) for item in given if item[0] not in REZERO_ARGUMENTS or not item[1]), None)
+    if wrong or given and not args.rezero:
+        raise ValueError(
+            f"got --rezero_args {args.rezero_args}: expected --rezero with name=value,name=value of "
+            f"{', '.join(REZERO_ARGUMENTS)}."
+        )
+    if args.rezero:
+        values = {name: float(value) if name == "resweight_init" else value for name, _, value in given}
+        print(rezero_(model, pretrained=bool(args.model_name_or_path), **values))
+    return model
 
 
 def weight_type(name: str) -> torch.dtype | str:

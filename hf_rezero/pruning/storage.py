@@ -1,4 +1,4 @@
-"""Saving pruned models whose shapes no config can express, and loading them by repeating the surgery."""
+"""Saving pruned modules that are no models of transformers, and loading them by repeating the surgery; old folders too."""
 
 from os import PathLike
 from pathlib import Path
@@ -18,6 +18,8 @@ from .surgery import prune_
 
 def save_pruned(model: nn.Module, folder: str | PathLike) -> None:
     """Save weights and what was kept: through `save_pretrained` where the model has it, else as two files.
+
+    What the first writes loads through AutoModel, with this library imported or with `trust_remote_code=True`.
 
     Raises:
         ValueError: Masks are still attached, or nothing was pruned.

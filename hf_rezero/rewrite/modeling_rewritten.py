@@ -9,10 +9,12 @@ of F, which is linear.
 """
 
 import copy
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -320,6 +322,7 @@ class Rewritten:
         Raises:
             ValueError: Weights of the layers are missing, not expected, or of other shapes; or the weights were to be
                 quantised on the way, where a residual weight would be lost.
+            RuntimeError: A head has another shape, and `ignore_mismatched_sizes` is not given.
         """
         model, loading = super().from_pretrained(
             *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -346,15 +349,19 @@ def check_weights(model: PreTrainedModel, loading: Mapping[str, Any], ignore_mis
     inside = tuple({prefix + re.sub(r"(^|\.)\d+\..*", r"\1", name) for name in recorded})
     missing = sorted(name for name in loading["missing_keys"] if name.startswith(inside))
     surplus = sorted(name for name in loading["unexpected_keys"] if name.startswith(inside))
-    shapes = sorted(
-        name for name, *_ in loading["mismatched_keys"] if name.startswith(inside) or not ignore_mismatched_heads
-    )
+    mismatched = sorted(name for name, *_ in loading["mismatched_keys"])
+    shapes = [name for name in mismatched if name.startswith(inside)]
     wrong = {"missing": missing, "not expected": surplus, "of another shape": shapes}
     if any(wrong.values()):
         raise ValueError(
             f"the weights do not fit {type(model).__name__} of this config: "
             f"{', '.join(f'{what} {names[:3]}' for what, names in wrong.items() if names)}. The checkpoint is damaged or was "
             f"edited: save it anew from the model."
+        )
+    if mismatched and not ignore_mismatched_heads:
+        raise RuntimeError(
+            f"{', '.join(mismatched[:3])} of {type(model).__name__} are of another shape than in the checkpoint: give "
+            f"ignore_mismatched_sizes=True for a new head."
         )
 
 
@@ -380,15 +387,18 @@ class RewrittenConfig:
             )
         register(config_class)
         values = {k: v for k, v in config_dict.items() if REFUSED_BY_OTHERS.get(k) != v}
-        values |= {"dtype": values.pop("weights_dtype", None), "auto_map": auto_map(config_class)}
+        if "weights_dtype" in values:
+            values["dtype"] = values.pop("weights_dtype")
+        values["auto_map"] = auto_map(config_class)
         result = super(RewrittenConfig, rewritten_class(config_class)).from_dict(values, **kwargs)
         Record.of(result[0] if isinstance(result, tuple) else result)
         return result
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What the file has: with values that other config classes refuse."""
-        values = super().to_diff_dict()
-        return values | {"weights_dtype": values.get("dtype"), "model_type": MODEL_TYPE, **REFUSED_BY_OTHERS}
+    def to_json_file(self, json_file_path, use_diff: bool = True) -> None:
+        """As in transformers, with values that other config classes refuse."""
+        values = json.loads(self.to_json_string(use_diff))
+        values |= {"weights_dtype": values.get("dtype"), **REFUSED_BY_OTHERS}
+        Path(json_file_path).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @cache
