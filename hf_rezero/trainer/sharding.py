@@ -1,10 +1,12 @@
 """Models whose weights are sharded over processes by accelerate (FSDP2): what they are saved as, and what can be resumed."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import str_to_bool
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, StateDictType
 from transformers import Trainer
@@ -20,7 +22,8 @@ class ShardedTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.args.fsdp and not self.is_fsdp_enabled and self.args.world_size > 1:
+        asked = self.args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
+        if asked and not self.is_fsdp_enabled and self.args.world_size > 1 and self.is_world_process_zero():
             logger.warning(
                 f"got fsdp on {self.args.device.type}: accelerate shards models on accelerators only, and takes DDP here, "
                 f"which keeps a whole copy of the model and of the optimizer in every process."

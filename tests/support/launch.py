@@ -46,14 +46,18 @@ def run_command(name, *arguments, processes=1, timeout=300):
     return launch(f"hf_rezero.commands.{name}", *arguments, processes=processes, timeout=timeout)
 
 
+def free_port():
+    """A port that no one listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def launch(program, *arguments, processes, timeout, succeeds=True):
     """Run a file, or a module by its dotted name; the helpers of the tests can be imported there."""
     launcher = [sys.executable]
     if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
     module = ["-m"] if isinstance(program, str) else []
     command = [*launcher, *module, str(program), *map(str, arguments)]
     paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
