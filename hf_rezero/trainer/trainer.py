@@ -207,7 +207,9 @@ class ReZeroTrainer(
             Interrupted: A signal asked the run to end, see `StoppableTrainer`.
             ValueError: Another run is in the folder, it cannot be written to, or the checkpoint cannot be resumed from.
         """
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        # a trial of a search has none yet: it is made in `Trainer.train`
+        parameters = [] if self.model is None else self.model.parameters()
+        weights = sum(p.numel() * p.element_size() for p in parameters)
         with nullcontext() if self.args.process_index else locked(self.args.output_dir, self.args.take_over):
             if not self.args.process_index:
                 check_writable(self.args.output_dir, weights)
