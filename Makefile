@@ -11,7 +11,7 @@ DOCS := .venv-docs
 CONTRACT := tests/test_versions.py tests/test_compat*.py tests/models tests/trainer tests/pruning tests/rewrite \
 	tests/publish/test_push.py tests/commands/test_clm.py
 
-.PHONY: install quickstart test test-fast test-newest contract test-all test-oldest test-hf lint quality style tables notebooks docs
+.PHONY: install quickstart test test-fast test-newest contract test-all test-oldest test-hf lint quality style tables notebooks docs soak
 
 install: $(VENV)/installed
 
@@ -59,6 +59,10 @@ test-oldest:
 # transformers' own common tests on our models, from the source archive of the installed release.
 test-hf: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/upstream/run.py
+
+# Attacks on runs for most of an hour: kills, damaged checkpoints, lost processes, full disks, NaN, hostile inputs.
+soak: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python scripts/reproduce/run.py soak
 
 lint: install
 	$(BIN)/ruff check .

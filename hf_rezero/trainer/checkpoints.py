@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json", "ad
 WEIGHTS = ("*.safetensors", "pytorch_model*", "adapter_model*", "*/adapter_model*", "global_step*")
 # what a run has written that has got further than to its first checkpoint
 FINISHED = (f"checkpoint-*/{MANIFEST}", "*.safetensors", "pytorch_model*", "*_results.json")
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
 # the states without which training goes on otherwise
 STATES = {
     "optimizer": ("optimizer*", "global_step*", "pytorch_model_fsdp*"),
@@ -192,6 +195,25 @@ def check_model_files(folder: str | os.PathLike) -> None:
             raise ValueError(f"{path} {damage}: copy or download it again, or use an earlier checkpoint.")
 
 
+@contextmanager
+def one_clear_error(target: str | os.PathLike) -> Iterator[None]:
+    """Let torch, safetensors and Python say alike that something could not be written.
+
+    Raises:
+        OSError: It could not.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(part in str(error) for part in TORCH_CANNOT_WRITE):
+            raise
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            f"{target} was not written ({reason}). The checkpoints from before are whole: make room, and go on with "
+            f"--resume_from_checkpoint true."
+        ) from None
+
+
 class CheckedTrainer(Trainer):
     """The `Trainer`, whose checkpoints end with a manifest of their files, before any older one is removed."""
 
@@ -202,10 +224,17 @@ class CheckedTrainer(Trainer):
         (checkpoint / MANIFEST).unlink(missing_ok=True)  # of an earlier run, which was passed over
         self.args.save_total_limit = None
         try:
-            super()._save_checkpoint(model, trial)
+            with one_clear_error(checkpoint):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save and checkpoint.is_dir():
-            write_manifest(checkpoint)
+            with one_clear_error(checkpoint):
+                write_manifest(checkpoint)
             rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, or say in one line why it could not be written."""
+        with one_clear_error(output_dir or self.args.output_dir):
+            super().save_model(output_dir, _internal_call)

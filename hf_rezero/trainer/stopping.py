@@ -5,10 +5,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.utils import logging
@@ -65,10 +67,12 @@ class Stop:
     """Whether a signal asks a run to end, on any of its processes."""
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.number = accelerator, 0
+        self.accelerator, self.number, self.pid = accelerator, 0, os.getpid()
 
     def hear(self, number: int) -> None:
         """Note a signal; a second Ctrl-C ends a run of one process at once."""
+        if os.getpid() != self.pid:  # a process that loads data, and ends with the run
+            return
         if self.number == number == signal.SIGINT and self.accelerator.num_processes == 1:
             raise Interrupted(number)
         if not self.number:
@@ -126,6 +130,14 @@ class StoppableTrainer(Trainer):
         with random_numbers_kept(devices):
             return super().evaluate(*args, **kwargs)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """The batches of the training, loaded by processes that a signal to all of a run does not end."""
+        loader = super().get_train_dataloader()
+        read = getattr(loader, "base_dataloader", loader)  # the one inside of that of accelerate starts the processes
+        if self.args.save_on_signal and getattr(read, "num_workers", 0):
+            read.worker_init_fn = partial(_deaf_worker, read.worker_init_fn)
+        return loader
+
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
         self.saved_step = self.state.global_step
@@ -158,6 +170,14 @@ class StoppableTrainer(Trainer):
         step = self.state.global_step
         folder = Path(self.args.output_dir, f"checkpoint-{step}")
         self.stop.leave(f"step {step} of {self.state.max_steps}, which {folder} holds")
+
+
+def _deaf_worker(init: Callable[[int], None] | None, worker: int) -> None:
+    """Set up a process that loads data: PyTorch takes its end for an error, and ends it with the run."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if init is not None:
+        init(worker)
 
 
 class _StopCallback(TrainerCallback):

@@ -10,10 +10,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 from support.training import make_trainer
 from transformers import TrainerCallback
 
 from hf_rezero import ReZeroForCausalLM
+from hf_rezero.trainer.checkpoints import last_checkpoint
 from hf_rezero.trainer.folder import LOCK, Holder, check_unlocked, check_writable, holder_of, locked
 
 
@@ -171,6 +173,60 @@ def test_a_full_and_a_read_only_disk_are_found_at_the_start(make_config, argumen
     with pytest.raises(ValueError, match=r"cannot be written to \((No space left on device|Read-only file system)\)"):
         trainer.train()
     assert not list(small_disk.glob("probe*")) and not list(small_disk.glob("run*"))
+
+
+UNWRITTEN = {
+    "Python": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "torch": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+}
+
+
+@pytest.mark.parametrize("writer", UNWRITTEN)
+@pytest.mark.parametrize("place", ["_save_optimizer_and_scheduler", "_save"])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(make_config, arguments, writer, place):
+    args = arguments(save_strategy="steps", save_steps=2, save_total_limit=1)
+    trainer = make_trainer(ReZeroForCausalLM(make_config()), args)
+    write = getattr(trainer, place)
+
+    def fails_later(*values, **named):
+        if trainer.state.global_step > 2:
+            raise UNWRITTEN[writer]
+        return write(*values, **named)
+
+    setattr(trainer, place, fails_later)
+    with pytest.raises(OSError, match=r"checkpoint-4 was not written \(.*\). The checkpoints from before are whole"):
+        trainer.train()
+    assert last_checkpoint(args.output_dir) == str(Path(args.output_dir, "checkpoint-2"))
+
+
+def test_another_error_of_a_save_stays_what_it_is(make_config, arguments):
+    trainer = make_trainer(ReZeroForCausalLM(make_config()), arguments())
+
+    def fails(*args):
+        raise RuntimeError("CUDA error")
+
+    trainer._save = fails
+    with pytest.raises(RuntimeError, match="^CUDA error$"):
+        trainer.save_model()
+
+
+def test_a_disk_that_fills_up_leaves_the_older_checkpoint_whole(make_config, arguments, tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", folder], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"file systems cannot be mounted here: {made.stderr.strip()}")
+    try:
+        args = arguments(output_dir=str(folder / "run"), save_strategy="steps", save_steps=2)
+        trainer = make_trainer(ReZeroForCausalLM(make_config()), args)
+        with pytest.raises(OSError, match="checkpoint-4 was not written"):
+            trainer.train()
+        assert last_checkpoint(args.output_dir) == str(Path(args.output_dir, "checkpoint-2"))
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)  # the error holds a file open
 
 
 def test_fp16_on_a_cpu_is_refused(arguments):

@@ -299,6 +299,39 @@ def test_a_command_exits_with_the_status_of_the_signal_and_nothing_looks_finishe
     assert load_file(folder / "checkpoint-3" / "model.safetensors")
 
 
+GROUP = """
+import os, subprocess, sys
+sys.path[:0] = [PATHS]
+from support.training import make_trainer
+from hf_rezero import ReZeroConfig, ReZeroForCausalLM, ReZeroTrainingArguments
+from transformers import TrainerCallback
+
+class Signal(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            group = os.getpgid(0)
+            assert group == os.getpid()  # of this run alone
+            # from outside, as a batch system does
+            subprocess.run([sys.executable, "-c", f"import os, signal; os.killpg({group}, signal.SIGTERM)"])
+
+sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
+args = ReZeroTrainingArguments(sys.argv[1], max_steps=100, per_device_train_batch_size=1, use_cpu=True, report_to=[],
+                               disable_tqdm=True, dataloader_num_workers=2)
+make_trainer(ReZeroForCausalLM(ReZeroConfig(**sizes)), args, callbacks=[Signal()]).train()
+"""
+
+
+def test_a_signal_to_all_processes_of_a_run_ends_none_that_loads_data(tmp_path):
+    code = GROUP.replace("PATHS", f"{str(SCRIPTS.parent / 'tests')!r}, {str(SCRIPTS.parent)!r}")
+    command = [sys.executable, "-c", code, tmp_path / "run"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert done.returncode == 143 and "Traceback" not in done.stderr, done.stderr
+    assert (
+        fault_of(tmp_path / "run" / "checkpoint-3") is None and done.stderr.count("the run ends after this step") == 1
+    )
+
+
 TWO_RANKS = """
 import os, signal, sys
 from pathlib import Path

@@ -1,0 +1,1 @@
+"""Claims about runs that things happen to."""
