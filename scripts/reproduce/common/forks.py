@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers.modeling_utils
+from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from hf_rezero import ReZeroTrainer
@@ -166,6 +167,22 @@ def places_in(places: Places) -> Iterator[None]:
     finally:
         for owner, name, function in kept:
             setattr(owner, name, function)
+
+
+@contextmanager
+def sharded_on_cpus() -> Iterator[None]:
+    """Let accelerate shard models over gloo, which it does with accelerators only: it asks for the kind of the processes."""
+    made = ReZeroTrainer.__init__
+
+    def make(self, model, args, **kwargs):
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+        made(self, model, args, **kwargs)
+
+    ReZeroTrainer.__init__ = make
+    try:
+        yield
+    finally:
+        ReZeroTrainer.__init__ = made
 
 
 def _writing(write: Callable, places: Places) -> Callable:

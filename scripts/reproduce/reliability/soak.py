@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import cycle
 from multiprocessing import get_context
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from common.forks import KILLED, Outcome, Places, places_in, run, run_ranks
+from common.forks import KILLED, Outcome, Places, places_in, run, run_ranks, sharded_on_cpus
 from common.record import RESULTS, save
 from hf_rezero import ReZeroTrainer
 from hf_rezero.commands import clm, running
@@ -64,6 +65,10 @@ RUNS = {
     "l1 masks": {"prune_method": "l1", **MASKS},
     "l0 masks": {"prune_method": "l0", **MASKS},
 }
+GROUPS = {
+    "DDP": {},
+    "FSDP2": {"fsdp": "full_shard", "fsdp_config": '{"version": 2, "state_dict_type": "FULL_STATE_DICT"}'},
+}
 PHASES = ("GradInit", "training", "masks", "evaluation", "saving")
 KEYS = ("attacks", "same weights", "refused in one line", "other weights", "lost", "tracebacks", "hung")
 
@@ -85,12 +90,35 @@ def command(folder: Path, text: Path, resume: bool = False, **extra) -> Callable
     return call
 
 
-def attacked(call: Callable[[], None], places: Places) -> Callable[[], None]:
+def attacked(call: Callable[[], None], places: Callable[[], Places]) -> Callable[[], None]:
     """The call, in a process that ends at a place."""
 
     def called() -> None:
+        with places_in(places()):
+            call()
+
+    return called
+
+
+def within(context: Callable, call: Callable[[], None]) -> Callable[[], None]:
+    """The call inside a context."""
+
+    def called() -> None:
+        with context():
+            call()
+
+    return called
+
+
+def counted(call: Callable[[], None], seen: Path) -> Callable[[], None]:
+    """The call, which writes the phase of each of its places to a file."""
+
+    def called() -> None:
+        places = Places()
         with places_in(places):
             call()
+        if os.environ.get("RANK", "1") == "1":  # the one of several that will be killed
+            seen.write_text("\n".join(places.seen))
 
     return called
 
@@ -98,14 +126,7 @@ def attacked(call: Callable[[], None], places: Places) -> Callable[[], None]:
 def phases_of(call: Callable[[], None], folder: Path) -> list[str]:
     """The phase of each place of a run."""
     seen = folder.with_suffix(".places")
-
-    def counted() -> None:
-        places = Places()
-        with places_in(places):
-            call()
-        seen.write_text("\n".join(places.seen))
-
-    outcome = run(counted, folder.with_suffix(".log"))
+    outcome = run(counted(call, seen), folder.with_suffix(".log"))
     assert outcome.status == 0, outcome.text
     return seen.read_text().split("\n")
 
@@ -173,11 +194,11 @@ def _killed(work: Path, text: Path, wholes: dict, job: tuple) -> tuple[str, str,
     log, call = folder.with_suffix(".log"), command(folder, text, **RUNS[name])
     resumed = command(folder, text, resume=True, **RUNS[name])
     row = f"kill, {phase}" if number == signal.SIGKILL else f"signal, {phase}"
-    outcome = run(attacked(call, Places(place, number, tear)), log)
+    outcome = run(attacked(call, partial(Places, place, number, tear)), log)
     if outcome.status != (KILLED if number == signal.SIGKILL else 128 + number):
         return "tracebacks" if outcome.is_raw else "lost", row, f"{name} {place}: {outcome.status} {outcome.text}"
     if index % 3 == 0 and folder.is_dir():
-        run(attacked(resumed, Places(place // 2, signal.SIGKILL, tear)), log)
+        run(attacked(resumed, partial(Places, place // 2, signal.SIGKILL, tear)), log)
     outcome = run(resumed if folder.is_dir() else call, log)
     verdict = judge(outcome, folder, wholes[name][1])
     shutil.rmtree(folder, ignore_errors=True)
@@ -222,7 +243,7 @@ def states(tally: Tally, work: Path, text: Path) -> None:
     """The state of a run that was killed behind GradInit, damaged in five ways; then the run is resumed."""
     whole, killed, extra = work / "whole GradInit state", work / "killed GradInit", RUNS["GradInit"]
     seen = phases_of(command(whole, text, **extra), whole)
-    run(attacked(command(killed, text, **extra), Places(seen.index("training"))), killed.with_suffix(".log"))
+    run(attacked(command(killed, text, **extra), partial(Places, seen.index("training"))), killed.with_suffix(".log"))
     for way, damage in DAMAGES.items():
         folder = work / "gradinit"
         shutil.copytree(killed, folder)
@@ -236,23 +257,22 @@ def states(tally: Tally, work: Path, text: Path) -> None:
 
 
 def ranks(tally: Tally, work: Path, text: Path, count: int) -> None:
-    """One of two processes under DDP is killed; the other must end too, and both go on."""
-    for name in list(RUNS)[:count]:
-        whole, folder = work / f"whole ranks {name}", work / f"ranks {name}"
-        outcomes = run_ranks(command(whole, text, **RUNS[name]), whole.with_suffix(".log"))
+    """One of two processes is killed, under DDP and under FSDP2; the other must end too, and both go on."""
+    jobs = [(kind, name) for name in RUNS for kind in GROUPS if kind == "DDP" or "masks" not in name]
+    for kind, name in jobs[:count]:
+        whole, folder = work / f"whole {kind} {name}", work / f"{kind} {name}"
+        extra, seen = RUNS[name] | GROUPS[kind], whole.with_suffix(".places")
+        call, resumed = command(folder, text, **extra), command(folder, text, resume=True, **extra)
+        prepare = sharded_on_cpus if kind == "FSDP2" else nullcontext
+        outcomes = run_ranks(within(prepare, counted(command(whole, text, **extra), seen)), whole.with_suffix(".log"))
         assert not any(outcome.status for outcome in outcomes), outcomes[0].text
-        call = command(folder, text, **RUNS[name])
-
-        def one_killed(call=call) -> None:
-            places = Places(40 if os.environ["RANK"] == "1" else None)
-            with places_in(places):
-                call()
-
-        outcomes = run_ranks(one_killed, folder.with_suffix(".log"))
+        middle = seen.read_text().split("\n").index("saving") + 20  # behind the first checkpoint
+        dies = attacked(call, lambda middle=middle: Places(middle if os.environ["RANK"] == "1" else None))
+        outcomes = run_ranks(within(prepare, dies), folder.with_suffix(".log"))
         assert outcomes[1].status == KILLED and outcomes[0].status, [outcome.status for outcome in outcomes]
-        outcomes = run_ranks(command(folder, text, resume=folder.is_dir(), **RUNS[name]), folder.with_suffix(".log"))
+        outcomes = run_ranks(within(prepare, resumed), folder.with_suffix(".log"))
         worst = max(outcomes, key=lambda outcome: outcome.status != 0)
-        tally.add("one of two processes killed (DDP)", judge(worst, folder, weights(whole)), log=worst.text)
+        tally.add(f"one of two processes killed, {kind}", judge(worst, folder, weights(whole)), log=worst.text)
 
 
 def disks(tally: Tally, work: Path, text: Path) -> None:
@@ -357,7 +377,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=300, help="ends of runs by signals; some end two times")
     parser.add_argument("--files", type=int, help="files of a checkpoint that are damaged; default: all")
-    parser.add_argument("--ranks", type=int, default=len(RUNS), help="runs on two processes of which one is killed")
+    parser.add_argument(
+        "--ranks", type=int, default=2 * len(RUNS), help="runs on two processes of which one is killed"
+    )
     parser.add_argument("--inputs", type=int, default=10_000, help="hostile inputs")
     parser.add_argument(
         "--names", nargs="*", default=list(RUNS), choices=list(RUNS), help="runs that are killed and meet NaN"
