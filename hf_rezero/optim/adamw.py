@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from .arguments import are_numbers
 from .foreach import lie_alike
 
 
@@ -87,8 +88,10 @@ def _foreach(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, weigh
 
 def check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Refuse hyper-parameters with which no Adam can work."""
-    if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and len(betas) == 2 and all(0 <= b < 1 for b in betas)):
+    if not (isinstance(betas, (tuple, list)) and are_numbers(lr, *betas, eps, weight_decay)) or not (
+        lr >= 0 and eps >= 0 and weight_decay >= 0 and len(betas) == 2 and all(0 <= b < 1 for b in betas)
+    ):
         raise ValueError(
-            f"got lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}: expected lr, eps and weight_decay "
-            f"of at least 0 and two betas in [0, 1)."
+            f"got lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}: expected finite lr, eps and "
+            f"weight_decay of at least 0 and two betas in [0, 1)."
         )

@@ -62,6 +62,8 @@ def centralize_gradients(optimizer: Optimizer, conv_only: bool = False) -> Optim
         >>> optimizer.step()
         >>> torch.testing.assert_close(model.weight.sum(1), before)
     """
+    if not isinstance(conv_only, bool):
+        raise ValueError(f"got conv_only={conv_only!r}: expected True or False.")
     if "gc_conv_only" in optimizer.defaults:
         raise ValueError(f"{type(optimizer).__name__} centralises its gradients already: ask for it only once.")
     refuse_flat_shards((p for group in optimizer.param_groups for p in group["params"]), "gradient centralisation")

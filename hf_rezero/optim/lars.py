@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .adamw import has_fused_kernel
+from .arguments import are_numbers
 from .foreach import WholeMatrices, buckets, evaluate, gradients, lie_alike, mesh_of, norms, scale_
 
 
@@ -48,7 +49,9 @@ class LARS(WholeMatrices):
         nesterov: bool = False,
         clip: bool = False,
     ):
-        if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0 and trust_coefficient > 0):
+        if not are_numbers(lr, momentum, weight_decay, trust_coefficient) or not (
+            lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0 and trust_coefficient > 0
+        ):
             raise ValueError(
                 f"got lr={lr}, momentum={momentum}, weight_decay={weight_decay}, trust_coefficient={trust_coefficient}"
                 f": expected lr >= 0, 0 <= momentum < 1, weight_decay >= 0, trust_coefficient > 0."

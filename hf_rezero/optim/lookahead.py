@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..structure.states import check_tensors
+from .arguments import are_numbers
 from .foreach import chunks, closure_of
 from .loading import entries
 
@@ -17,7 +18,9 @@ def lookahead_defaults(k: int, alpha: float, momentum: float = 0.0) -> dict:
     Raises:
         ValueError: A hyper-parameter is out of its range.
     """
-    if not (isinstance(k, int) and k >= 1 and 0 < alpha <= 1 and 0 <= momentum < 1):
+    if not (
+        isinstance(k, int) and are_numbers(k, alpha, momentum) and k >= 1 and 0 < alpha <= 1 and 0 <= momentum < 1
+    ):
         raise ValueError(
             f"got k={k}, alpha={alpha}, momentum={momentum}: expected a whole k >= 1, 0 < alpha <= 1, 0 <= momentum < 1."
         )
@@ -112,6 +115,8 @@ def lookahead(
         >>> optimizer.param_groups[0]["lookahead_step"]
         1
     """
+    if not isinstance(evaluate_slow, bool):
+        raise ValueError(f"got evaluate_slow={evaluate_slow!r}: expected True or False.")
     if "lookahead_k" in optimizer.defaults:
         raise ValueError(f"{type(optimizer).__name__} has Lookahead already: ask for it only once.")
     # groups that are added later inherit the defaults

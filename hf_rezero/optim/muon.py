@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..structure.parameters import whole
 from .adamw import adam_state, adamw_, check_hyperparameters
+from .arguments import are_numbers
 from .foreach import WholeMatrices, buckets, evaluate, gradients
 
 
@@ -80,10 +81,10 @@ class Muon(WholeMatrices):
         fused: bool | None = None,
     ):
         check_hyperparameters(lr, betas, eps, weight_decay)
-        if not 0 <= momentum < 1 or num_iterations < 1:
+        if not (are_numbers(momentum, num_iterations) and 0 <= momentum < 1 and num_iterations in range(1, 101)):
             raise ValueError(
-                f"got momentum={momentum}, num_iterations={num_iterations}: expected a momentum in [0, 1) and at "
-                f"least one iteration."
+                f"got momentum={momentum}, num_iterations={num_iterations}: expected a momentum in [0, 1) and 1 "
+                f"to 100 iterations."
             )
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused}
         super().__init__(params, adam | {"momentum": momentum, "num_iterations": num_iterations})

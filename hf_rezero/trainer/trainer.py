@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..diagnostics.resweights import resweight_profile, warn_of_blocked_branches
 from ..initialization.gradinit import GradInitReport
 from ..optim import decays, param_groups
+from ..optim.arguments import UNEXPECTED, check_arguments
 from ..optim.param_groups import resweight_groups
 from ..optim.registry import parse_optimizer
 from ..optim.schedules import PiecewiseLinear, keep_constant
@@ -134,10 +135,10 @@ class ReZeroTrainer(
         """The optimizer class inside the prefixes of `args.optim`, and its arguments.
 
         Raises:
-            ValueError: The class does not take an argument of `optim_args`.
+            ValueError: The class does not take an argument of `optim_args`, or cannot work with one.
         """
         spec = parse_optimizer(args.optim, args.optim_args)
-        given = spec.arguments
+        given, given_as = spec.arguments, f"optim_args={args.optim_args!r}"
         if spec.base:
             cls, kwargs = spec.base.make, {"lr": args.learning_rate, **spec.base.fixed}
             accepted = inspect.signature(cls).parameters
@@ -146,15 +147,19 @@ class ReZeroTrainer(
             inside = copy.copy(args)
             inside.optim = OptimizerNames(spec.name.base)
             inside.optim_args = ",".join(f"{key}={value}" for key, value in given.items() if "," not in str(value))
-            cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(inside, model)
+            try:
+                cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(inside, model)
+            except UNEXPECTED as error:
+                raise ValueError(f"got {given_as}, which {args.optim} does not take: {error}.") from None
             if not cls.__module__.startswith("torch.optim"):
                 return cls, kwargs
             accepted = inspect.signature(cls).parameters
-        if given.keys() - accepted:
-            raise ValueError(
-                f"got optim_args={args.optim_args!r}: expected, for {spec.name.base}, any of {', '.join(accepted)}."
-            )
-        return cls, {**kwargs, **given}
+        if given.keys() - accepted or "params" in given:
+            raise ValueError(f"got {given_as}: expected, for {spec.name.base}, any of {', '.join(accepted)}.")
+        kwargs = {**kwargs, **given}
+        if given:
+            check_arguments(cls, kwargs, given_as, args.device)
+        return cls, kwargs
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer that the arguments name, on the groups of `param_groups`."""
