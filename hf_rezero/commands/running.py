@@ -172,8 +172,24 @@ def build_config(model_type: str, overrides: str | None = None, **defaults) -> P
         if name and not hasattr(standard, name):
             raise ValueError(f"config_overrides has {name!r}, which {config_class.__name__} does not have.")
         if name:
-            values[name] = yaml.safe_load(value)
-    return config_class(**values)
+            values[name] = _yaml_value(name, value)
+    return _made(config_class, values)
+
+
+def _yaml_value(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = getattr(error, "problem", None) or error
+        raise ValueError(f"config_overrides has {name}={text!r:.80}, which is no value in YAML ({reason}).") from None
+
+
+def _made(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
+    """The config; classes of transformers fail in their own ways at values that they did not expect."""
+    try:
+        return config_class(**values)
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ValueError(f"{config_class.__name__} cannot be made of {values!r:.200} ({error}).") from None
 
 
 def load_model(
@@ -250,11 +266,20 @@ def check_overrides(args: ModelArguments) -> None:
 
 
 def load_tokenizer(args: TextModelArguments, name: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder or repository, or None."""
+    """The tokenizer in a folder or repository, or None where there is none.
+
+    Raises:
+        ValueError: There is one that cannot be read.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=args.use_fast_tokenizer, **_hub(args))
-    except (OSError, ValueError):
-        return None
+    except Exception as error:  # `tokenizers` raises nothing more special for a damaged file
+        is_missing = isinstance(error, (OSError, ValueError)) and not any(Path(name).glob("tokenizer*.json"))
+        if is_missing:
+            return None
+        raise ValueError(
+            f"the tokenizer in {name} cannot be read ({error}): save it again, or name another."
+        ) from None
     # some classes, such as GPT-2's, come without vocabulary where there is no file
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 

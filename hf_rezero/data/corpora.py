@@ -162,10 +162,13 @@ def from_range(data: FileRange | np.ndarray) -> np.ndarray:
 
 def _exact_fractions(split: Sequence[float]) -> dict[str, Fraction]:
     # 0.7 + 0.2 < 0.9 in floating point, which would move a cut by one byte.
-    fractions = [Fraction(part).limit_denominator(10**6) for part in split]
+    try:
+        fractions = [Fraction(part).limit_denominator(10**6) for part in split]
+    except (TypeError, ValueError, ArithmeticError):
+        fractions = []
     if len(fractions) != 3 or min(fractions) < 0 or sum(fractions) != 1:
         raise ValueError(
-            f"split is {tuple(split)}: three fractions of train, validation, test that sum to 1 are needed"
+            f"split is {split!r:.80}: three fractions of train, validation, test that sum to 1 are needed"
         )
     return dict(zip(("train", "validation", "test"), fractions, strict=True))
 

@@ -79,8 +79,9 @@ def _read_idx(path: Path, max_bytes: int) -> np.ndarray:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             start = file.read(4)
-            sizes = file.read(4 * start[3]) if len(start) == 4 else b""
-            if start[:3] != b"\0\0\x08" or len(sizes) < 4 * start[3]:
+            dimensions = start[3] if len(start) == 4 else 0
+            sizes = file.read(4 * dimensions)
+            if start[:3] != b"\0\0\x08" or not dimensions or len(sizes) < 4 * dimensions:
                 raise ValueError(
                     f"{path} starts with {start.hex(' ')}: an IDX file of bytes starts with 00 00 08, and its sizes."
                 )

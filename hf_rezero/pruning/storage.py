@@ -66,7 +66,14 @@ def load_pruned(folder: str | PathLike, model: nn.Module) -> nn.Module:
     state = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         state |= load_file(path)
-    check_tensors(state, model.state_dict(), str(folder))
+    own = model.state_dict()
+    check_tensors(state, own, str(folder))
+    other = [name for name, tensor in state.items() if name in own and own[name].shape != tensor.shape]
+    if other:
+        raise ValueError(
+            f"{folder} does not fit {type(model).__name__}: {other[0]} has the shape {tuple(state[other[0]].shape)}, "
+            f"expected {tuple(own[other[0]].shape)}. Build the model as it was before pruning."
+        )
     missing, unexpected = _load(model, state)
     if missing or unexpected:
         raise ValueError(

@@ -68,3 +68,35 @@ def test_auto_map_names_every_auto_class():
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
     }
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"vocab_size": 0}, "got vocab_size=0: expected 1 to"),
+        ({"hidden_size": -8}, "got hidden_size=-8: expected 1 to"),
+        ({"num_hidden_layers": -1}, "got num_hidden_layers=-1: expected 0 to"),
+        ({"head_dim": 0}, "got head_dim=0: expected 1 to"),
+        ({"max_position_embeddings": 0}, "got max_position_embeddings=0: expected 1 to"),
+        ({"hidden_dropout": 4}, "got hidden_dropout=4: expected 0 to 1"),
+        ({"attention_dropout": -0.1}, "got attention_dropout=-0.1: expected 0 to 1"),
+        ({"resweight_init": float("nan")}, "got resweight_init=nan: expected"),
+        ({"norm_eps": float("nan")}, "got norm_eps=nan: expected 0 to 1"),
+        ({"embedding_std": 0}, "got embedding_std=0: expected 1e-30 to"),
+        ({"initializer_range": float("inf")}, "got initializer_range=inf: expected 0 to"),
+        (
+            {"rope_parameters": {"rope_type": "spiral"}},
+            "rope_type='spiral' and rope_theta=.*: use one of default, linear",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "rope_theta=0.0: use one of"),
+        ({"per_layer_config": [1]}, "per_layer_config holds .*: expected numbers of layers with sizes"),
+        ({"per_layer_config": {"first": {}}}, "per_layer_config holds 'first'"),
+        ({"per_layer_config": {0: 5}}, "per_layer_config holds 0 with 5"),
+        ({"per_layer_config": {0: {1: 2}}}, "per_layer_config holds 0 with {1: 2}"),
+        ({"per_layer_config": {0: {"skip": 5}}}, "got skip=5: expected a list"),
+        ({"per_layer_config": {0: {"skip": [["mlp"]]}}}, "expected a list with some of"),
+    ],
+)
+def test_what_no_model_can_be_built_or_trained_from_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        ReZeroConfig(**{"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2} | values)

@@ -347,7 +347,7 @@ def test_a_pruned_resnet_learns_on_with_new_statistics():
         (lambda: rezero_resnet(hidden_sizes=[16, 8]), "use 'projection'"),
         (lambda: rezero_resnet()(torch.randn(2, 8, 8, 3)), "channels first"),
         (lambda: ReZeroMLPConfig(norm_position="before"), "norm_position='before' is unknown"),
-        (lambda: ReZeroMLPConfig(num_hidden_layers=0), "give a positive number"),
+        (lambda: ReZeroMLPConfig(num_hidden_layers=0), "got num_hidden_layers=0: expected 1 to"),
         (lambda: ReZeroMLPConfig(config_version=9), "upgrade hf_rezero"),
         (lambda: rezero_mlp()(torch.randn(2, 3, 9, 9)), "resize the images or set image_size"),
     ],

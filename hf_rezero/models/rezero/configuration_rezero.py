@@ -1,6 +1,7 @@
 """Configuration of the ReZero text models (Bachlechner et al. 2020, arXiv:2003.04887)."""
 
 from transformers.configuration_utils import PreTrainedConfig, strict
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 CONFIG_VERSION = 1
@@ -22,6 +23,21 @@ CHOICES = {
     "resweight_sharing": ("layer", "sublayer", "none"),
 }
 
+# the least and the greatest value of each number; none of them holds NaN
+RANGES = {
+    "vocab_size": (1, 10**9),
+    "hidden_size": (1, 10**9),
+    "num_hidden_layers": (0, 10**9),
+    "head_dim": (1, 10**9),
+    "max_position_embeddings": (1, 10**9),
+    "attention_dropout": (0, 1),
+    "hidden_dropout": (0, 1),
+    "resweight_init": (-1e30, 1e30),
+    "norm_eps": (0, 1),
+    "embedding_std": (1e-30, 1e30),
+    "initializer_range": (0, 1e30),
+}
+
 # sizes that each layer may have of its own, because they stay inside the layer
 PER_LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
@@ -38,7 +54,9 @@ def sizes_of_layer(overrides: dict) -> dict:
     """
     sizes = {name: value for name, value in overrides.items() if name != "skip"}
     skipped = overrides.get("skip") or ()
-    if isinstance(skipped, str) or not set(skipped) <= SKIPPED.keys():
+    if not isinstance(skipped, (list, tuple, set)) or not all(
+        isinstance(name, str) and name in SKIPPED for name in skipped
+    ):
         raise ValueError(f"per_layer_config got skip={skipped!r}: expected a list with some of {', '.join(SKIPPED)}.")
     for name in skipped:
         sizes.update(SKIPPED[name])
@@ -170,6 +188,7 @@ class ReZeroConfig(PreTrainedConfig):
     @PreTrainedConfig.per_layer_config.setter
     def per_layer_config(self, per_layer_config: dict[int | str, dict] | None) -> None:
         if per_layer_config is not None:
+            _check_form(per_layer_config)
             per_layer_config = {layer: sizes_of_layer(overrides) for layer, overrides in per_layer_config.items()}
         PreTrainedConfig.per_layer_config.fset(self, per_layer_config)
 
@@ -180,6 +199,10 @@ class ReZeroConfig(PreTrainedConfig):
                 f"config_version={self.config_version} was written by a newer hf_rezero; this one reads up to "
                 f"{CONFIG_VERSION}: upgrade hf_rezero."
             )
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"got {name}={value}: expected {low:g} to {high:g}.")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
@@ -187,6 +210,13 @@ class ReZeroConfig(PreTrainedConfig):
             raise ValueError(
                 f"resweight_sharing='none' with resweight_init={self.resweight_init} and resweight_trainable="
                 f"{self.resweight_trainable}: without residual weights these are 1 and False."
+            )
+        rope = self.rope_parameters or {}
+        kind, base = rope.get("rope_type", "default"), rope.get("rope_theta", 1e4)
+        if kind not in ("default", *ROPE_INIT_FUNCTIONS) or not 0 < base < 1e30:
+            raise ValueError(
+                f"rope_parameters has rope_type={kind!r} and rope_theta={base}: use one of default, "
+                f"{', '.join(ROPE_INIT_FUNCTIONS)}, and a positive number."
             )
         self._validate_overrides()
         layers = list(self.per_layer_config)
@@ -212,6 +242,18 @@ class ReZeroConfig(PreTrainedConfig):
                     f"got {name}={getattr(self, name)} for every layer: give a positive number, "
                     f"and 0 in per_layer_config to the layers that have none."
                 )
+
+
+def _check_form(per_layer_config):
+    """Refuse what is no `{layer: {name: size}}`, where layers are numbers, in JSON as texts."""
+    sizes = per_layer_config.items() if isinstance(per_layer_config, dict) else [(per_layer_config, None)]
+    for layer, overrides in sizes:
+        is_number = isinstance(layer, int) or isinstance(layer, str) and layer.removeprefix("-").isdecimal()
+        if not (is_number and isinstance(overrides, dict) and all(isinstance(name, str) for name in overrides)):
+            raise ValueError(
+                f"per_layer_config holds {layer!r:.40} with {overrides!r:.40}: expected numbers of layers with sizes, "
+                f'such as {{2: {{"intermediate_size": 64}}}}.'
+            )
 
 
 def _validate_layer(layer, where):

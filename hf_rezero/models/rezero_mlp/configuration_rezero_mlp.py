@@ -16,6 +16,17 @@ CHOICES = {
     "norm_position": ("none", "pre", "post", "branch"),
 }
 
+# the least and the greatest value of each number; none of them holds NaN
+RANGES = {
+    "image_size": (1, 10**9),
+    "num_channels": (1, 10**9),
+    "num_hidden_layers": (1, 10**9),
+    "hidden_size": (1, 10**9),
+    "norm_eps": (0, 1),
+    "resweight_init": (-1e30, 1e30),
+    "initializer_variance": (0, 1e30),
+}
+
 
 @strict
 class ReZeroMLPConfig(PreTrainedConfig):
@@ -80,9 +91,9 @@ class ReZeroMLPConfig(PreTrainedConfig):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
-        for name in ("image_size", "num_channels", "num_hidden_layers", "hidden_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"got {name}={getattr(self, name)}: give a positive number.")
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"got {name}={getattr(self, name)}: expected {low:g} to {high:g}.")
 
 
 __all__ = ["ReZeroMLPConfig"]

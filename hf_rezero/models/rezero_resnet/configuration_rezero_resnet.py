@@ -19,6 +19,9 @@ CHOICES = {
     "shortcut_type": ("pad", "projection"),
 }
 
+# the least and the greatest value of each number; none of them holds NaN
+RANGES = {"num_channels": (1, 10**9), "embedding_size": (1, 10**9), "resweight_init": (-1e30, 1e30)}
+
 CONVOLUTIONS = {"basic": 2, "bottleneck": 3}
 
 
@@ -111,6 +114,9 @@ class ReZeroResNetConfig(PreTrainedConfig):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"got {name}={getattr(self, name)}: expected {low:g} to {high:g}.")
         if len(self.hidden_sizes) != len(self.depths) or min(*self.depths, *self.hidden_sizes, 1) < 1:
             raise ValueError(
                 f"got hidden_sizes={self.hidden_sizes} and depths={self.depths}: give each stage a number of "
