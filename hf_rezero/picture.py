@@ -57,7 +57,15 @@ _current: ContextVar[dict[str, Any]] = ContextVar("look", default=LIGHT)
 
 @contextmanager
 def dark() -> Iterator[None]:
-    """Pictures that are drawn inside have a dark ground."""
+    """Pictures that are drawn inside have a dark ground.
+
+    Example:
+        >>> from hf_rezero.plots import plot_resweights
+        >>> with dark():
+        ...     picture = plot_resweights({"layers.0.resweight": 0.1, "layers.1.resweight": -0.2})
+        >>> picture.get_facecolor()[:3] == (1, 1, 1)
+        False
+    """
     before = _current.set(DARK)
     try:
         yield

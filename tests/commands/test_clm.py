@@ -70,6 +70,11 @@ def test_a_finished_run_leaves_everything_a_user_looks_for(text, tmp_path, capsy
     assert sample.startswith("abc") and capsys.readouterr().out.strip().endswith(sample.strip())
 
 
+def test_a_run_that_ends_before_its_first_log_has_its_picture_too(text, tmp_path):
+    run_clm.main(arguments(text, tmp_path / "run", max_steps=2, logging_steps=100))
+    assert not losses(tmp_path / "run") and (tmp_path / "run" / "training.png").stat().st_size > 5000
+
+
 def test_a_yaml_file_gives_the_arguments_and_the_command_line_wins(text, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
