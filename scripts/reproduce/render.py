@@ -29,12 +29,13 @@ def of_claim(name: str, claim: ModuleType, many: str, one: str) -> dict[str, Cal
 
 
 def everything(many: str, one: str) -> dict[str, tuple[Path, Callable]]:
-    """The result file and the function of every table or figure of all claims."""
+    """The result file and the function of every table or figure of all claims that were run."""
     modules = {name: load_claim(module) for name, module in claims().items()} | {"goals": goals}
     made = [
         (claim, shown) for claim, module in modules.items() for shown in of_claim(claim, module, many, one).items()
     ]
-    return {name: (source(claim, name), function) for claim, (name, function) in made}
+    found = {name: (source(claim, name), function) for claim, (name, function) in made}
+    return {name: (path, function) for name, (path, function) in found.items() if name == "goals" or path.exists()}
 
 
 def source(claim: str, name: str) -> Path:
