@@ -33,7 +33,23 @@ OF_SCRIPT = {
     "push_to_hub": "push",
 }
 # flags of other programs that the pages name
-FOREIGN = {"--nproc_per_node", "--cpu", "--num_processes", "--no-deps", "--trust-remote-code"}
+FOREIGN = {
+    "--nproc_per_node",
+    "--cpu",
+    "--num_processes",
+    "--no-deps",
+    "--trust-remote-code",
+    "--config_file",
+    "--nnodes",
+    "--rdzv_backend",
+    "--rdzv_endpoint",
+    "--rdzv_id",
+    "--nodes",
+    "--ntasks-per-node",
+    "--gpus-per-node",
+    "--cpus-per-task",
+    "--signal",
+}
 
 
 @pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if PYTHON.search(text)])
