@@ -79,7 +79,7 @@ def rezero_(
     norm: str | None = None,
     resweight_init: float | None = None,
     resweight_sharing: str = "sublayer",
-    final_norm: str = "keep",
+    final_norm: str | None = None,
     qk_norm: str = "keep",
     init: str | None = None,
     batch: Mapping[str, Any] | None = None,
@@ -100,7 +100,8 @@ def rezero_(
         norm: "remove" or "keep" the norms of the residual stream. Default: they stay in a pretrained model.
         resweight_init: Default: 0, or 1 in a pretrained model.
         resweight_sharing: One residual weight for each "sublayer", or one for each "layer", as in the paper.
-        final_norm: "keep" or "remove" those behind the last layer.
+        final_norm: "keep" or "remove" those behind the last layer. Default: as `norm`. Where only this one is left, the
+            loss does not see how large the stream grows, and nothing holds it.
         qk_norm: "keep" or "remove" those of queries and keys.
         init: "fan_in" for new weights, or "keep". Default: they are kept in a pretrained model.
         batch: Keyword arguments of a forward pass for the small run, where `structure.probe` can make none.
@@ -119,13 +120,14 @@ def rezero_(
         >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 48, "num_attention_heads": 2}
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes))
         >>> print(rezero_(model))
-        48 layers, 96 residual weights on 96 projections, 96 norms removed, weights new
+        48 layers, 96 residual weights on 96 projections, 97 norms removed, weights new
         >>> ids = torch.arange(8)[None]
         >>> stream = model(ids, output_hidden_states=True).hidden_states
-        >>> torch.equal(stream[0], stream[-2]), isinstance(model, LlamaForCausalLM)
+        >>> torch.equal(stream[0], stream[-1]), isinstance(model, LlamaForCausalLM)
         (True, True)
     """
     norm, init = norm or ("keep" if pretrained else "remove"), init or ("keep" if pretrained else "fan_in")
+    final_norm = final_norm or norm
     weight = float(pretrained or False) if resweight_init is None else float(resweight_init)
     _check_choices(norm=norm, init=init, final_norm=final_norm, qk_norm=qk_norm, resweight_sharing=resweight_sharing)
     _check_model(model, pretrained)

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from common import images
-from rezero import deep_without_warmup, defaults, fully_connected, growing, norm_variants, resnets, superconvergence
+from rezero import (
+    deep_without_warmup,
+    defaults,
+    fully_connected,
+    gated_products,
+    growing,
+    norm_variants,
+    resnets,
+    superconvergence,
+)
 from speed import depth_cost, fold_speed
 
 
@@ -211,3 +220,15 @@ def test_defaults_are_held_against_the_default_of_the_same_seed(small, tmp_path,
     assert results["table"]["ReLU"]["against_default_by_seed"] == [finals[0] - base[0], finals[1] - base[1]]
     monkeypatch.setattr(defaults, "train", None)
     assert run(defaults, monkeypatch, tmp_path / "out.json", *small)["runs"] == results["runs"]
+
+
+def test_gated_products_tell_which_runs_diverge_and_go_on_where_they_stopped(files, tmp_path, monkeypatch):
+    words = ["--train_file", files / "text.txt", "--layers", 4, "--steps", 5, "--hidden_size", 16, "--block_size", 16]
+    words += ["--seeds", 1, "--learning_rates", 0.001, 10]
+    results = run(gated_products, monkeypatch, tmp_path / "out.json", *words)
+    by_rate = {rate: [a["runs"][0]["diverged"] for a in results["arms"] if a["rate"] == rate] for rate in (0.001, 10)}
+    assert by_rate[0.001] == [None] * 18 and all(step is not None for step in by_rate[10])
+    degrees = {arm["model"]: arm["runs"][0]["degree"] for arm in results["arms"]}
+    assert degrees["Llama"] > 1.8 and degrees["GPT-2"] < 1.4
+    monkeypatch.setattr(gated_products, "train", None)
+    assert run(gated_products, monkeypatch, tmp_path / "out.json", *words)["arms"] == results["arms"]

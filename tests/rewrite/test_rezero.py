@@ -114,10 +114,10 @@ def test_norms_go_or_stay_by_choice():
     final, qk = {"model.norm"}, {f"model.layers.{i}.self_attn.{p}_norm" for i in range(3) for p in "qk"}
     before = norms_of(model)
     rezero_(model)
-    assert norms_of(model) == final | qk
+    assert norms_of(model) == qk
     for choices, left in (
-        ({"final_norm": "remove"}, qk),
-        ({"qk_norm": "remove"}, final),
+        ({"final_norm": "keep"}, final | qk),
+        ({"qk_norm": "remove"}, set()),
         ({"norm": "keep"}, before),
     ):
         model = qwen3()
@@ -128,7 +128,7 @@ def test_norms_go_or_stay_by_choice():
     assert norms_of(model) == {"cls.predictions.transform.LayerNorm"}
     model = llama()
     assert "input_layernorm" in str(norms_of(model.base_model))
-    rezero_(model.base_model, final_norm="remove")
+    rezero_(model.base_model)
     assert norms_of(model.base_model) == set()
 
 
