@@ -58,7 +58,7 @@ def report(bits: float, minutes: float) -> str:
         "Writes    (the beginning of the first line is given)",
         *(f"    {line[:100]}" for line in sample().splitlines()[:12]),
         f"Pictures  {OUTPUT}/training.png, {OUTPUT}/resweights.png; card {OUTPUT}/README.md",
-        "Next",
+        "Next      (`source .venv/bin/activate` first, after `make`)",
         f"    hf-rezero generate {OUTPUT} --prompt 'import '",
         f"    hf-rezero diagnose {OUTPUT} --output_dir {OUTPUT}/diagnostics    how signals pass through it",
         f"    hf-rezero grow {OUTPUT} outputs/deeper --num_layers 6            twice as deep, the same outputs",
