@@ -11,7 +11,7 @@ DOCS := .venv-docs
 CONTRACT := tests/test_versions.py tests/test_compat*.py tests/models tests/trainer tests/pruning tests/rewrite \
 	tests/publish/test_push.py tests/commands/test_clm.py
 
-.PHONY: install quickstart test test-fast test-newest contract test-all test-oldest test-hf lint quality style tables notebooks docs soak
+.PHONY: install quickstart test test-fast test-newest contract test-all test-oldest test-hf lint quality style tables notebooks docs soak gpu
 
 install: $(VENV)/installed
 
@@ -94,3 +94,9 @@ $(DOCS)/installed: pyproject.toml
 		print(*extras['docs'], sep='\n')" > $(DOCS)/requirements.txt
 	$(DOCS)/bin/python -m pip install --quiet --requirement $(DOCS)/requirements.txt
 	touch $@
+
+# Every figure that needs a device, in ten minutes at most: make gpu TRAIN_FILE=text.xz; without a device in small, to try it.
+TRAIN_FILE ?= python-stdlib
+gpu: install
+	$(BIN)/python scripts/reproduce/run.py gpu --train_file $(TRAIN_FILE)
+	$(BIN)/python scripts/reproduce/render.py

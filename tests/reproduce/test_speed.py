@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import byte_lm, curves
+from common import byte_lm, curves, equal_models, timing
 from hf_rezero import ReZeroTrainer
 from rezero import convergence, depth, norm_gap, recipe
 from speed import import_time, model_speed, training_profile
@@ -127,7 +127,7 @@ def test_steps_to_a_loss_are_those_of_the_running_mean():
 
 def test_models_of_equal_dimensions_are_measured_against_the_first(tmp_path, monkeypatch):
     small = (2, 16, 2, 64, 2, 1)
-    for name, value in model_speed.KEEP_MEMORY.items():
+    for name, value in timing.KEEP_MEMORY.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setitem(model_speed.CASES, "128 x 64", small)
     words = ["--output", str(tmp_path / "o.json"), "--rounds", "2", "--processes", "2", "--cases", "128 x 64"]
@@ -142,7 +142,7 @@ def test_models_of_equal_dimensions_are_measured_against_the_first(tmp_path, mon
 
 def test_the_models_of_the_benchmark_have_the_same_products():
     """Equal dimensions: the weights that multiply activations, per layer, are those of GPT-2 or within 1 %."""
-    models = {name: build() for name, build in model_speed.builders(2, 96, 2, 16).items()}
+    models = {name: build() for name, build in equal_models.builders(2, 96, 2, 16).items()}
     sizes = {
         name: sum(p.numel() for p in m.parameters() if p.ndim == 2 and 264 not in p.shape)
         for name, m in models.items()

@@ -9,106 +9,18 @@ what autograd saves for the backward pass, in units of width numbers for each to
 """
 
 import argparse
-import os
-import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
-from multiprocessing import get_context
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from common.equal_models import CASES, builders, deployed, inference, loss_of, training_step
 from common.record import RESULTS, read_json, save
-from hf_rezero import ReZeroConfig, ReZeroForCausalLM, fold_resweight_
+from common.timing import against, in_fresh_processes, take_turns
 
 
-VOCABULARY = 264
-# layers, width, heads, tokens, batch of training, batch of inference
-CASES = {
-    "12 x 512": (12, 512, 8, 512, 2, 1),
-    "64 x 256": (64, 256, 4, 128, 4, 1),
-    "128 x 256": (128, 256, 4, 128, 4, 1),
-    "128 x 64": (128, 64, 4, 128, 4, 2),
-}
-# glibc reads them when a process starts: memory is kept, as the price of page faults is the host's
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str(2**34)}
 MEASURES = ["train", "train_bf16", "infer", "one_token", "generate", "saved"]
-
-
-class TorchEncoder(nn.Module):
-    """nn.TransformerEncoder, pre-norm and causal, as a language model."""
-
-    def __init__(self, layers: int, width: int, heads: int, tokens: int):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.embed, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(tokens, width)
-        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.head = nn.Linear(width, VOCABULARY, bias=False)
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(input_ids.shape[1])
-        x = self.embed(input_ids) + self.positions.weight[: input_ids.shape[1]]
-        return self.head(self.layers(x, mask, is_causal=True))
-
-
-def builders(layers: int, width: int, heads: int, tokens: int) -> dict[str, Callable[[], nn.Module]]:
-    """The models, none of them built yet."""
-    gpt2 = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": tokens, "vocab_size": VOCABULARY}
-    gpt2 |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0) | {"bos_token_id": 0, "eos_token_id": None}
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-    sizes |= {"max_position_embeddings": tokens, "vocab_size": VOCABULARY}
-    llama = {"intermediate_size": 8 * width // 3, "bos_token_id": 0, "eos_token_id": None}
-    rezero = {"position_embedding_type": "learned", "resweight_init": 0.1, "eos_token_id": None}
-    return {
-        "GPT-2": lambda: GPT2LMHeadModel(GPT2Config(**gpt2)),
-        "GPT-2, fused gelu": lambda: GPT2LMHeadModel(GPT2Config(**gpt2, activation_function="gelu_pytorch_tanh")),
-        "Llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes, **llama)),
-        "nn.TransformerEncoder": lambda: TorchEncoder(layers, width, heads, tokens),
-        "ReZero, learned positions": lambda: ReZeroForCausalLM(ReZeroConfig(**sizes, **rezero)),
-        "ReZero": lambda: ReZeroForCausalLM(ReZeroConfig(**sizes | rezero | {"position_embedding_type": "rotary"})),
-        "ReZero, relu": lambda: ReZeroForCausalLM(ReZeroConfig(**sizes, **rezero, hidden_act="relu")),
-    }
-
-
-def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """(B, T, V)."""
-    return model(ids) if isinstance(model, TorchEncoder) else model(ids, use_cache=False).logits
-
-
-def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Next-token cross-entropy."""
-    return nn.functional.cross_entropy(logits_of(model, ids)[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
-def training_step(model: nn.Module, ids: torch.Tensor, bf16: bool) -> Callable[[], None]:
-    """Forward, backward and a step of fused AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
-
-    def run():
-        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
-            loss = loss_of(model, ids)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
-
-
-def inference(model: nn.Module, ids: torch.Tensor, measure: str) -> Callable[[], object]:
-    """A forward pass over all tokens or one, or 32 new tokens one at a time behind a prompt of 16."""
-    model.eval()
-    if isinstance(model, ReZeroForCausalLM):
-        fold_resweight_(model)
-    if measure == "generate":
-        options = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
-        return lambda: model.generate(ids[:, :16], attention_mask=torch.ones_like(ids[:, :16]), **options)
-    inputs = ids[:, :1] if measure == "one_token" else ids
-    return torch.inference_mode()(lambda: logits_of(model, inputs))
 
 
 def saved_activations(model: nn.Module, ids: torch.Tensor, layers: int, width: int) -> float:
@@ -140,25 +52,13 @@ def seconds_of(case: Sequence[int], name: str, rounds: int) -> dict[str, list[fl
         steps = {arm: training_step(build(), ids, name == "train_bf16") for arm, build in models.items()}
     else:
         rows = ids[: 1 if name in ("one_token", "generate") else small_batch]
-        steps = {arm: inference(build(), rows, name) for arm, build in models.items()}
-    times = {arm: [] for arm in steps}
-    for _ in range(1 + (rounds if name.startswith("train") else 5 * rounds)):
-        for arm, step in steps.items():
-            start = time.process_time()
-            step()
-            times[arm].append(time.process_time() - start)
-    return {arm: taken[1:] for arm, taken in times.items()}
+        steps = {arm: inference(deployed(build()), rows, name) for arm, build in models.items()}
+    return take_turns(steps, rounds if name.startswith("train") else 5 * rounds)
 
 
 def speeds(case: str, name: str, rounds: int, processes: int) -> dict[str, dict[str, float]]:
     """Milliseconds and speed against GPT-2 of every arm, over `rounds` in each of several fresh processes."""
-    times = defaultdict(list)
-    for _ in range(processes):
-        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-            for arm, taken in fresh.submit(seconds_of, CASES[case], name, rounds).result().items():
-                times[arm] += taken
-    ratios = {arm: median(a / b for a, b in zip(times["GPT-2"], times[arm], strict=True)) for arm in times}
-    return {arm: {"ms": round(1000 * median(times[arm]), 2), "speed": round(ratios[arm], 3)} for arm in times}
+    return against(in_fresh_processes(processes, seconds_of, CASES[case], name, rounds), "GPT-2")
 
 
 def saved(case: str) -> dict[str, dict[str, float]]:
@@ -219,7 +119,6 @@ def main() -> None:
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=MEASURES)
     parser.add_argument("--output", type=Path, default=RESULTS / "model_speed.json")
     args = parser.parse_args()
-    os.environ.update(KEEP_MEMORY)
     results = read_json(args.output) or {"results": {}}
     for case in args.cases:
         for name in args.measures:
