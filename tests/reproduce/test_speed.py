@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from common import byte_lm, curves, equal_models, timing
 from hf_rezero import ReZeroTrainer
 from rezero import convergence, depth, norm_gap, recipe
-from speed import import_time, model_speed, training_profile
+from speed import compiled_speed, generation_speed, gpu, import_time, model_speed, training_profile
 
 
 @pytest.fixture
@@ -172,3 +173,82 @@ def test_the_parts_of_a_run_are_measured(tmp_path, monkeypatch):
     assert {name: getattr(ReZeroTrainer, name) for name in methods} == methods
     assert sum(results["shares"].values()) == pytest.approx(1, abs=1e-3) and min(results["shares"].values()) > 0
     assert set(results["median_seconds"]) == set(training_profile.PARTS.values())
+
+
+@pytest.fixture
+def small_sizes(monkeypatch):
+    """Two layers, and nothing compiled: whether compiled layers train is tested above."""
+    for name, value in timing.KEEP_MEMORY.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    return (2, 32, 2, 64, 2, 1)
+
+
+def in_this_process(processes, measure, *args):
+    """Fresh processes would not know what the test has changed."""
+    return measure(*args)
+
+
+def test_generation_is_timed_and_scored_in_every_form(words, monkeypatch, small_sizes):
+    monkeypatch.setattr(generation_speed, "SIZES", {"12 x 512": small_sizes})
+    monkeypatch.setattr(generation_speed, "in_fresh_processes", in_this_process)
+    words = without(without(words, "--seeds"), "--figure")
+    results = run(generation_speed, monkeypatch, words, "--layers", 2, "--rounds", 3, "--cases", "12 x 512")
+    assert results["speeds"]["12 x 512"]["one_token"]["GPT-2 | fp32"]["speed"] == 1
+    bits = results["bits_per_byte"]
+    assert set(bits) == set(generation_speed.FORMS) and 2.5 < bits["fp32"] < 6
+    assert bits["fp32, laid out"] == pytest.approx(bits["fp32"], abs=1e-3)
+    assert bits["bf16"] != bits["fp32"] != bits["int8"] and bits["int8"] == pytest.approx(bits["fp32"], abs=0.2)
+    rows = generation_speed.table(results)
+    assert len(rows) == 1 + 20 and len({len(row) for row in rows}) == 1
+
+
+def test_quantised_gpt2_computes_what_it_did():
+    model = equal_models.deployed(equal_models.builders(2, 64, 2, 32)["GPT-2"]())
+    ids = torch.randint(0, 256, (1, 16))
+    before = model(ids).logits
+    after = generation_speed.in_int8(model)
+    assert sum(type(m).__name__ == "Linear" and "quantized" in type(m).__module__ for m in after.modules()) == 9
+    assert (after(ids).logits - before).norm() < 0.05 * before.norm()
+
+
+def test_compiled_layers_are_timed_against_eager_ones(monkeypatch, tmp_path, small_sizes):
+    monkeypatch.setitem(compiled_speed.CASES, "128 x 64", small_sizes)
+    monkeypatch.setattr(compiled_speed, "in_fresh_processes", in_this_process)
+    words = ["--output", str(tmp_path / "o.json"), "--rounds", "2", "--processes", "1", "--cases", "128 x 64"]
+    results = run(compiled_speed, monkeypatch, words)
+    for measure in compiled_speed.MEASURES:
+        found = results["results"]["128 x 64"][measure]
+        assert found["speeds"]["GPT-2 | eager"]["speed"] == 1 and found["start"]["compiled"]["seconds"] > 0
+    rows = compiled_speed.table(results)
+    assert len(rows) == 5 and len({len(row) for row in rows}) == 1
+
+
+def test_every_figure_of_a_device_is_made_on_a_cpu_in_small(monkeypatch, tmp_path, small_sizes):
+    (tmp_path / "text.txt").write_bytes(b"abcdefgh" * 4000)
+    words = [
+        "--train_file",
+        str(tmp_path / "text.txt"),
+        "--quality_seconds",
+        "1",
+        "--output",
+        str(tmp_path / "o.json"),
+    ]
+    results = run(gpu, monkeypatch, words)
+    assert results["device"] == "a CPU, tiny sizes" and "not reached" not in results
+    assert results["quality"]["test"] < 8 and results["quality"]["bytes"] > 0
+    assert results["pruning"]["half"] > 0 and results["optimizers"]["Ranger"] > 0 and "graph" not in results["graphs"]
+    assert len(gpu.table(results)) == 1 + 1 + 6 + 1 + 6 + 1 + 1 + 1
+
+
+def test_sections_behind_the_deadline_are_named(monkeypatch, tmp_path):
+    results = run(gpu, monkeypatch, ["--minutes", "-1", "--output", str(tmp_path / "o.json")])
+    assert results["not reached"] == [section.__name__ for section in gpu.SECTIONS]
+
+
+def test_operations_of_a_token_are_counted_by_hand():
+    size = (3, 32, 2, 16, 4)
+    model = equal_models.builders(*size[:4])[gpu.REZERO]()
+    weights = 3 * (4 * 32 * 32 + 2 * 32 * 128) + 32 * equal_models.VOCABULARY
+    assert gpu.flops_per_token(model, size) == 6 * weights + 6 * 3 * 16 * 32
