@@ -34,8 +34,6 @@ HOW_TO_LOAD = (
     "this model was rewritten with hf_rezero: load it through AutoModel with trust_remote_code=True, or after `import "
     "hf_rezero`; its original class would compute something else"
 )
-# every config class of transformers refuses these values, so that a checkpoint cannot become a model of its old class
-REFUSED_BY_OTHERS = {"dtype": HOW_TO_LOAD, "use_return_dict": HOW_TO_LOAD}
 AUTO_CLASSES = [
     auto
     for auto in vars(modeling_auto).values()
@@ -386,19 +384,42 @@ class RewrittenConfig:
                 f"repair config.json."
             )
         register(config_class)
-        values = {k: v for k, v in config_dict.items() if REFUSED_BY_OTHERS.get(k) != v}
-        if "weights_dtype" in values:
-            values["dtype"] = values.pop("weights_dtype")
-        values["auto_map"] = auto_map(config_class)
+        values = {name: value for name, value in config_dict.items() if value != HOW_TO_LOAD}
+        values |= {**values.pop("guarded", {}), "auto_map": auto_map(config_class)}
         result = super(RewrittenConfig, rewritten_class(config_class)).from_dict(values, **kwargs)
         Record.of(result[0] if isinstance(result, tuple) else result)
         return result
 
     def to_json_file(self, json_file_path, use_diff: bool = True) -> None:
-        """As in transformers, with values that other config classes refuse."""
+        """As in transformers, with a text in the place of a number, which the original class refuses."""
         values = json.loads(self.to_json_string(use_diff))
-        values |= {"weights_dtype": values.get("dtype"), **REFUSED_BY_OTHERS}
+        guard = guard_of(self.original, values)
+        values |= {"guarded": {guard: values[guard]} if guard in values else {}, guard: HOW_TO_LOAD}
         Path(json_file_path).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def guard_of(config_class: type, values: Mapping[str, Any]) -> str:
+    """A field of these values of a config that can be no text: with one, no model of the original class can be loaded.
+
+    The common base of all config classes takes the text, because the Trainer reads the config of a checkpoint with it.
+    """
+    common = {entry.name for entry in fields(PreTrainedConfig)}
+    for name in reversed([entry.name for entry in fields(config_class) if entry.name not in common]):
+        guarded = {**values, name: HOW_TO_LOAD}
+        if HOW_TO_LOAD in _refusal(config_class, guarded) and not _refusal(PreTrainedConfig, guarded):
+            return name
+    raise ValueError(
+        f"{config_class.__name__} takes a text for every field: its models cannot be told from rewritten ones."
+    )
+
+
+def _refusal(config_class: type, values: Mapping[str, Any]) -> str:
+    """What a config class says to these values; nothing where it takes them."""
+    try:
+        config_class(**values)
+    except Exception as error:  # of huggingface_hub, as a rule, which a file for the Hub does not import
+        return str(error) or type(error).__name__
+    return ""
 
 
 @cache

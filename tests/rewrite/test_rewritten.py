@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 from support.stock_models import DECODERS, STOCK, inputs, stir
 from transformers import (
@@ -16,13 +17,15 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     pipeline,
 )
 
 from hf_rezero import byte_tokenizer, fold_resweight_, grow_, rezero_
 from hf_rezero.pruning import find_groups, load_pruned, prune_, save_pruned
-from hf_rezero.rewrite.modeling_rewritten import FORMAT, REFUSED_BY_OTHERS
+from hf_rezero.rewrite.modeling_rewritten import FORMAT, HOW_TO_LOAD
 
 
 AUTO = {"vit": AutoModelForImageClassification, "bert": AutoModelForMaskedLM}
@@ -144,7 +147,7 @@ def test_with_this_library_automodel_needs_no_trust(case, results):
 
 
 def test_the_stock_class_refuses_it_where_this_library_is(results):
-    with pytest.raises(AttributeError, match="load it through AutoModel"):
+    with pytest.raises(StrictDataclassFieldValidationError, match="load it through AutoModel"):
         LlamaForCausalLM.from_pretrained(results["rezero-llama"][1])
 
 
@@ -258,9 +261,14 @@ def record(folder):
     return json.loads(Path(folder, "config.json").read_text())["rewritten"]
 
 
-def test_the_file_has_the_values_that_others_refuse(folder):
+def test_the_file_has_a_text_that_the_original_config_refuses_and_the_base_takes(folder):
     config = json.loads(Path(folder, "config.json").read_text())
-    assert config | REFUSED_BY_OTHERS == config and config["model_type"] == "rewritten"
+    (guard,) = (name for name, value in config.items() if value == HOW_TO_LOAD)
+    assert config["model_type"] == "rewritten"
+    with pytest.raises(StrictDataclassFieldValidationError, match="load it through AutoModel"):
+        LlamaConfig.from_pretrained(folder)
+    assert PreTrainedConfig.from_json_file(folder / "config.json").rewritten == config["rewritten"]
+    assert vars(AutoConfig.from_pretrained(folder))[guard] == vars(rezero("llama").config)[guard]
     assert (config["hidden_size"], config["num_hidden_layers"]) == (32, 3)
 
 

@@ -226,7 +226,7 @@ def test_an_evaluation_that_is_nan_is_said_in_valid_json(make_config, arguments,
     def prediction_step(*args, **kwargs):
         loss, logits, labels = nll(*args, **kwargs)
         if trainer.state.global_step == 2:
-            trainer._nll, loss = float("nan"), loss * float("nan")
+            trainer._sums.nll = trainer._sums.loss = float("nan")
         return loss, logits, labels
 
     trainer.prediction_step = prediction_step

@@ -181,7 +181,9 @@ def kills(tally: Tally, work: Path, text: Path, names: Sequence[str], count: int
     while len(jobs) < count:
         for name, phase in ((name, phase) for phase in PHASES for name in names if phase in wholes[name][0]):
             where = [place for place, other in enumerate(wholes[name][0]) if other == phase]
-            jobs.append((name, phase, int(rng.choice(where)), next(numbers), bool(rng.integers(2)), len(jobs)))
+            number, tear = next(numbers), bool(rng.integers(2))
+            # after other signals the run goes on, and would meet a file that it never left half-written
+            jobs.append((name, phase, int(rng.choice(where)), number, tear and number == signal.SIGKILL, len(jobs)))
     with get_context("fork").Pool(workers) as pool:  # processes, not threads: each of them forks
         for verdict, row, log in pool.imap_unordered(partial(_killed, work, text, wholes), jobs[:count]):
             tally.add(row, verdict, log=log)
@@ -195,7 +197,9 @@ def _killed(work: Path, text: Path, wholes: dict, job: tuple) -> tuple[str, str,
     resumed = command(folder, text, resume=True, **RUNS[name])
     row = f"kill, {phase}" if number == signal.SIGKILL else f"signal, {phase}"
     outcome = run(attacked(call, partial(Places, place, number, tear)), log)
-    if outcome.status != (KILLED if number == signal.SIGKILL else 128 + number):
+    # before the Trainer is made nothing hears a signal, and a shell shows the same status for a process that it ends
+    has_begun = any(other != "saving" for other in wholes[name][0][:place])
+    if outcome.status not in ((128 + number,) if has_begun and number != signal.SIGKILL else (128 + number, -number)):
         return "tracebacks" if outcome.is_raw else "lost", row, f"{name} {place}: {outcome.status} {outcome.text}"
     if index % 3 == 0 and folder.is_dir():
         run(attacked(resumed, partial(Places, place // 2, signal.SIGKILL, tear)), log)

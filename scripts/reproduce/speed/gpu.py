@@ -1,6 +1,6 @@
 """Every figure that needs a device, in one command of at most ten minutes.
 
-    make gpu TRAIN_FILE=featured_articles_100mb.txt.xz
+    make gpu TRAIN_FILE=text.xz     # or: python scripts/reproduce/run.py gpu --train_file text.xz
 
 Training in bf16 against the device's own measured peak and against GPT-2 and Llama, eager and compiled by layer; CUDA graphs;
 steps of optimizers against fused AdamW; what GradInit costs; what pruning gains; bits per byte in the time that is left.
