@@ -60,7 +60,7 @@ test-oldest:
 test-hf: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/upstream/run.py
 
-# Attacks on runs for most of an hour: kills, damaged checkpoints, lost processes, full disks, NaN, hostile inputs.
+# Attacks on runs for some minutes: kills, damaged checkpoints, lost processes, full disks, NaN, hostile inputs.
 soak: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python scripts/reproduce/run.py soak
 
