@@ -1,0 +1,76 @@
+"""`rezero_` on every family of the table: the identity at 0, other values at other gates, grown, pruned, and given back by AutoModel."""
+
+import pytest
+import torch
+from support.pruning_models import STOCK, ids_or_picture, stir, stock
+
+from hf_rezero import grow_, rezero_
+from hf_rezero.pruning import find_groups, prune_
+from hf_rezero.structure.residual import residual_stacks
+
+
+def example(name):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 90, (2, 12), generator=generator)
+    return ids_or_picture(name, ids, torch.randn(2, 3, 8, 8, generator=generator))
+
+
+@pytest.fixture(params=STOCK)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def model(name):
+    torch.manual_seed(0)
+    return stock(name).eval()
+
+
+def results(model, batch):
+    """The logits, and what an encoder gives to its decoder, which at 0 does not look at it."""
+    outputs = model(**batch)
+    return torch.cat([outputs[k].flatten() for k in ("logits", "encoder_last_hidden_state") if k in outputs])
+
+
+@torch.no_grad()
+def test_at_0_no_layer_adds_anything_and_at_other_values_all_do(name, model):
+    original, batch = type(model), example(name)
+    report = rezero_(model)
+    assert isinstance(model, original)
+    assert report.removed_norms and all(
+        type(model.get_submodule(n)) is torch.nn.Identity for n in report.removed_norms
+    )
+    before = results(model, batch)
+    for projection in report.gates:
+        model.get_submodule(projection).weight.normal_()
+    assert torch.equal(results(model, batch), before)
+    for projection in report.gates:
+        model.get_submodule(projection).resweight.fill_(0.1)
+        assert not torch.equal(results(model, batch), before), projection
+        model.get_submodule(projection).resweight.zero_()
+
+
+def test_all_residual_weights_get_gradients(name, model):
+    rezero_(model)
+    stir(model)
+    results(model, example(name)).square().mean().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if n.endswith("resweight")}
+    assert gradients and all(g is not None and g.abs() > 0 for g in gradients.values()), gradients
+
+
+@torch.no_grad()
+def test_grown_and_pruned_it_comes_back(name, model, tmp_path):
+    batch = example(name)
+    rezero_(model)
+    stir(model)
+    before = model(**batch).logits
+    for stack, _ in list(residual_stacks(model)):
+        grow_(model, 1, stack=stack)
+    assert torch.equal(model(**batch).logits, before)
+    groups = find_groups(model, ["neurons"])
+    prune_(model, groups, {group.name: torch.arange(1, group.num_units) for group in groups})
+    expected = model(**batch).logits
+    assert not torch.equal(expected, before)
+    model.save_pretrained(tmp_path)
+    again = STOCK[name][0].from_pretrained(tmp_path).eval()
+    assert type(again) is type(model) and torch.equal(again(**batch).logits, expected)
