@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.pruning_models import STOCK, ids_or_picture, stir, stock
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_rezero import grow_, rezero_
 from hf_rezero.pruning import find_groups, prune_
@@ -74,3 +75,11 @@ def test_grown_and_pruned_it_comes_back(name, model, tmp_path):
     model.save_pretrained(tmp_path)
     again = STOCK[name][0].from_pretrained(tmp_path).eval()
     assert type(again) is type(model) and torch.equal(again(**batch).logits, expected)
+
+
+def test_branches_that_end_in_a_batch_norm_are_refused():
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2]}
+    model = ResNetForImageClassification(ResNetConfig(**sizes))
+    with pytest.raises(ValueError, match="normalization is a BatchNorm2d: expected Linear or Conv1D"):
+        rezero_(model)
+    assert type(model) is ResNetForImageClassification
