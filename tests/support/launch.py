@@ -17,10 +17,19 @@ def run_script(name, *arguments, processes=1, timeout=300):
     return launch(SCRIPTS / name, *arguments, processes=processes, timeout=timeout)
 
 
+# a thread of gloo may abort an interpreter that shuts down in an orderly way
+ENDING = """
+import os, sys, torch
+torch.distributed.barrier()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
 def run_workers(code, folder, processes, timeout=300, succeeds=True):
     """Run the source `code` in `processes` processes, with the folder that it is written to as its argument."""
     path = Path(folder, "worker.py")
-    path.write_text(code)
+    path.write_text(code + ENDING)
     return launch(path, folder, processes=processes, timeout=timeout, succeeds=succeeds)
 
 
@@ -30,8 +39,6 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 runpy.run_path({path!r})[{name!r}](Path(sys.argv[1]))
-torch.distributed.barrier()
-os._exit(0)  # a thread of gloo may abort an interpreter that shuts down in an orderly way
 """
 
 
