@@ -68,15 +68,20 @@ def _place() -> str:
 
 
 def _is_gone(place: str | None, process: str | None) -> bool:
-    if process is None or place != _place() or os.name != "posix":  # elsewhere a signal 0 is not harmless
-        return False
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
+    return process is not None and place == _place() and not process_exists(int(process))
+
+
+def process_exists(pid: int) -> bool:
+    """Whether a process of this machine has this number; True where that cannot be told."""
+    if os.name != "posix":  # elsewhere a signal 0 is not harmless
         return True
-    except (OSError, OverflowError):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return False
-    return False
+    except (OSError, OverflowError):  # it is not ours, or there can be no such number
+        return True
+    return True
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

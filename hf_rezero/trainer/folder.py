@@ -5,13 +5,15 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from platform import node
 
 from transformers.utils import logging
+
+from ..files import process_exists
 
 
 logger = logging.get_logger(__name__)
@@ -47,7 +49,7 @@ class Holder:
     def is_alive(self) -> bool:
         """Whether the process runs, as far as this machine can tell; another process may have its number by now."""
         if not Path("/proc/self/stat").exists():
-            return _exists(self.pid)
+            return process_exists(self.pid)
         start = _start_of(self.pid)
         return start is not None and start == self.start
 
@@ -62,18 +64,6 @@ def _start_of(pid: int) -> int | None:
     except OSError:
         return None
     return None if state in "ZX" else int(numbers[18])  # a zombie has ended
-
-
-def _exists(pid: int) -> bool:
-    if os.name == "nt":
-        return True  # signal 0 would end it there
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 @contextmanager
@@ -206,7 +196,5 @@ def check_writable(folder: str | os.PathLike, needed: int = 0) -> None:
 
 
 def _remove(probe: Path) -> None:
-    try:
+    with suppress(OSError):  # it cannot be there
         probe.unlink(missing_ok=True)
-    except OSError:  # it cannot be there
-        pass

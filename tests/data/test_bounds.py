@@ -1,6 +1,7 @@
 """What is small on a disk and large in memory stops at a stated limit, and what fits needs no more than it is."""
 
 import bz2
+import contextlib
 import gzip
 import http.server
 import io
@@ -55,12 +56,10 @@ def endless():
             self.end_headers()
             if self.path in ("/page", "/untold"):
                 return self.wfile.write(b"\n<!DOCTYPE html><p>Please log in." if self.path == "/untold" else b"Log in")
-            try:
+            with contextlib.suppress(OSError):  # the reader has had enough
                 while True:
                     self.wfile.write(b"again " * 10_000)
                     self.server.sent += 60_000
-            except OSError:
-                pass
 
         def log_message(self, format, *args):
             pass
