@@ -93,6 +93,32 @@ def test_a_killed_run_goes_on_to_the_same_result(words, monkeypatch, tmp_path):
     assert len(steps) == 60 and not (tmp_path / "out.pt").exists()
     (a,), (b,) = expected["runs"].values(), found["runs"].values()
     assert a["test"] == b["test"] and [loss for *_, loss in a["curve"]] == [loss for *_, loss in b["curve"]]
+    with pytest.raises(SystemExit, match="layers=2, now it is 3"):
+        run(convergence, monkeypatch, words, *more, "--layers", 3)
+
+
+def test_a_state_of_other_settings_is_not_gone_on_from(words, monkeypatch, tmp_path):
+    more = [
+        "--layers",
+        2,
+        "--learning_rates",
+        0.003,
+        "--rounds",
+        0,
+        "--arms",
+        "ReZero, w = 0",
+        "--checkpoint_steps",
+        20,
+    ]
+    real, steps = byte_lm.step, []
+    monkeypatch.setattr(byte_lm, "step", lambda *args: (steps.append(1), real(*args))[1] if len(steps) < 25 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(convergence, monkeypatch, words, *more)
+    steps.clear()
+    assert (tmp_path / "out.pt").exists()
+    monkeypatch.setattr(byte_lm, "step", lambda *args: (steps.append(1), real(*args))[1])
+    run(convergence, monkeypatch, words, *more, "--batch_size", 2)
+    assert len(steps) == 100
 
 
 def test_changes_to_rezero_are_compared_with_the_sizes_of_their_streams(words, monkeypatch):

@@ -108,17 +108,17 @@ def train(
 
 
 def read_checkpoint(args: argparse.Namespace) -> dict:
-    """What `write_checkpoint` left of the run `args.key`, empty if it left none."""
+    """What `write_checkpoint` left of the run `args.key` with these settings, empty if it left none."""
     path = args.output.with_suffix(".pt")
     saved = torch.load(path, map_location=args.device, weights_only=True) if path.exists() else {}
-    return saved if saved.get("key") == args.key else {}
+    return saved if saved.get("of") == [args.key, str(settings_of(args))] else {}
 
 
 def write_checkpoint(args, steps: int, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict) -> None:
     """Write the state after so many steps beside the result file; the next run replaces it."""
     path = args.output.with_suffix(".pt")
     state = {
-        "key": args.key,
+        "of": [args.key, str(settings_of(args))],
         "step": steps,
         "run": run,
         "model": model.state_dict(),
@@ -200,6 +200,17 @@ def load_text(args: argparse.Namespace) -> None:
     args.dataset = ByteDataset(args.corpus.train, args.block_size)
 
 
+MORE_RUNS = {"arms", "seeds", "learning_rates", "threads", "checkpoint_steps"}  # settings that change no run
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """All arguments that a result file records."""
+    hidden = ("corpus", "dataset", "scored", "output", "figure", "train_file", "key", "rates_of")
+    return {name: value for name, value in vars(args).items() if name not in hidden} | {
+        "corpus": Path(args.train_file).name
+    }
+
+
 def run_grid(
     arms: dict[str, Callable[[float, int], dict]],
     rates: Sequence[float],
@@ -213,9 +224,14 @@ def run_grid(
     """
     load_text(args)
     results = read_json(args.output) or {"runs": {}, "best": {}}
-    hidden = ("corpus", "dataset", "scored", "output", "figure", "train_file", "key", "rates_of")
-    results["settings"] = {name: value for name, value in vars(args).items() if name not in hidden}
-    results["settings"]["corpus"] = Path(args.train_file).name
+    settings = settings_of(args)
+    for name in sorted(results.get("settings", {}).keys() - MORE_RUNS):
+        if results["settings"][name] != settings.get(name):
+            raise SystemExit(
+                f"{args.output} has runs with {name}={results['settings'][name]}, now it is {settings.get(name)}: "
+                "give the old value, or another --output"
+            )
+    results["settings"] = settings
 
     def run(arm: str, rate: float, seed: int) -> float:
         args.key = f"{arm} | lr={rate:g} | seed={seed}"

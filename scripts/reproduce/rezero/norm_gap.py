@@ -99,9 +99,10 @@ def main() -> None:
     args = parser.parse_args()
 
     for name in args.arms:
-        config, rate, warmup, optimizer, args.bf16 = ARMS[name]
+        config, rate, warmup, optimizer, bf16 = ARMS[name]
 
-        def run(rate, seed, config=config, warmup=warmup, optimizer=optimizer):
-            return train(config, [(args.layers, args.steps)], rate, seed, args, warmup, optimizer, sizes)
+        def run(rate, seed, config=config, warmup=warmup, optimizer=optimizer, bf16=bf16):
+            own = argparse.Namespace(**vars(args) | {"bf16": bf16})
+            return train(config, [(args.layers, args.steps)], rate, seed, own, warmup, optimizer, sizes)
 
         run_grid({name: run}, [rate], args)
