@@ -1,12 +1,14 @@
 """Residual weights multiplied into the weights behind them, for deployment."""
 
+import copy
 from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from .modeling_rewritten import Gated, Record, mark_, ungate_
+from .modeling_rewritten import Gated, Record, adapts_gated, mark_, ungate_
 from .record import stock_class
 
 
@@ -27,7 +29,8 @@ def fold_resweight_(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: The model has no residual weights that its own weights could take in: in the image models they stand
-            behind an activation.
+            behind an activation; or adapters, such as LoRA around the projections of a ReZero text model or DoRA around those
+            of another, would compute something else around folded weights.
 
     Example:
         >>> import torch
@@ -49,10 +52,19 @@ def fold_resweight_(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no residual weights in front of which a projection stands: expected a ReZero "
             f"text model, or one of transformers after rezero_, that was not folded yet."
         )
+    ends = [
+        (_end_of_branch(layer, name), layer.residuals["layer" if layer.shared else name].resweight)
+        for layer in layers
+        for name in ("self_attn", "cross_attn", "mlp")
+        if getattr(layer, name, None) is not None
+    ]
+    if any(hasattr(end, "merge") for end, _ in ends):
+        raise ValueError(
+            "the residual weights multiply adapters too, which cannot be folded into: merge them or unload them first."
+        )
+    for end, resweight in ends:
+        _scale(end, resweight)
     for layer in layers:
-        for name in ("self_attn", "cross_attn", "mlp"):
-            if getattr(layer, name, None) is not None:
-                _scale(_end_of_branch(layer, name), layer.residuals["layer" if layer.shared else name].resweight)
         for residual in layer.residuals.values():
             residual.resweight = None
     config = model.config
@@ -62,6 +74,9 @@ def fold_resweight_(model: nn.Module) -> nn.Module:
 
 def _fold_projections(model: nn.Module, gated: list[Gated]) -> nn.Module:
     """Into the projections that hold or share a residual weight, which are ordinary ones then."""
+    for name, part in model.named_modules():
+        if adapts_gated(part):
+            _check_adapter(name, part)
     weights = [projection.gate.detach().clone() for projection in gated]
     for projection, weight in zip(gated, weights, strict=True):
         _scale(projection, weight)
@@ -70,6 +85,24 @@ def _fold_projections(model: nn.Module, gated: list[Gated]) -> nn.Module:
         if isinstance(part, PreTrainedModel) and hasattr(part.config, "rewritten"):
             mark_(part, stock_class(part), replace(Record.of(part.config), gates={}))
     return model
+
+
+def _check_adapter(name: str, adapter: nn.Module) -> None:
+    """Refuse an adapter whose output around the folded projection is another, such as one that rescales the weight."""
+    before, after = (copy.deepcopy(adapter).double().eval() for _ in range(2))
+    for projection in after.children():
+        if isinstance(projection, Gated):
+            weight = projection.weight
+            inputs = weight.shape[0 if isinstance(projection, Conv1D) else 1]
+            _scale(projection, projection.gate)
+            ungate_(projection)
+            x = torch.linspace(-1, 1, inputs, dtype=weight.dtype, device=weight.device)[None]
+            expected = before(x)
+            if (after(x) - expected).abs().max() > 1e-6 * expected.abs().max():
+                raise ValueError(
+                    f"the adapter around {name} is no sum beside a projection, so that folding would change what it computes: "
+                    f"fold the model before you add the adapters."
+                )
 
 
 def _end_of_branch(layer: nn.Module, name: str) -> nn.Module:

@@ -13,13 +13,14 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto import modeling_auto
@@ -189,6 +190,30 @@ class ScaledEmbedding(nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input) * self.embed_scale
+
+
+def adapts_gated(module: nn.Module) -> bool:
+    """Whether a module is an adapter, which can be merged, around a projection with a residual weight."""
+    return hasattr(type(module), "merge") and any(isinstance(child, Gated) for child in module.children())
+
+
+def _guard_merging(outer: nn.Module, name: str, inner: nn.Module) -> None:
+    """An adapter adds B A x to w (W x + b), and merges B A into W, where w would multiply it: it must not."""
+    if isinstance(inner, Gated) and hasattr(type(outer), "merge"):
+        outer.merge = partial(_merge, outer)
+
+
+def _merge(adapter: Any, *args, **kwargs) -> Any:
+    if adapts_gated(adapter):
+        raise ValueError(
+            "this adapter stands around a projection with a residual weight, which would multiply the merged adapter too: "
+            "call fold_resweight_(model) first, which leaves what the model computes as it is, and then merge."
+        )
+    return type(adapter).merge(adapter, *args, **kwargs)
+
+
+# PEFT has no place where a projection could say how adapters are merged into it
+register_module_module_registration_hook(_guard_merging)
 
 
 def scale_(table: nn.Embedding, factor: float) -> None:
