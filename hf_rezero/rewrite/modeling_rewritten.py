@@ -345,16 +345,17 @@ class Rewritten:
         Raises:
             ValueError: Weights of the layers are missing, not expected, or of other shapes; or the weights were to be
                 quantised on the way, where a residual weight would be lost.
-            RuntimeError: A head has another shape, and `ignore_mismatched_sizes` is not given.
+            RuntimeError: A head or a token table has another shape, and `ignore_mismatched_sizes` is not given.
         """
         model, loading = super().from_pretrained(
             *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         check_weights(model, loading, ignore_mismatched_sizes)
+        fill_tables_(model, loading)
         return (model, loading) if output_loading_info else model
 
 
-def check_weights(model: PreTrainedModel, loading: Mapping[str, Any], ignore_mismatched_heads: bool = False) -> None:
+def check_weights(model: PreTrainedModel, loading: Mapping[str, Any], ignore_mismatched_sizes: bool = False) -> None:
     """Refuse a checkpoint whose weights are not those of its record.
 
     Raises:
@@ -367,13 +368,14 @@ def check_weights(model: PreTrainedModel, loading: Mapping[str, Any], ignore_mis
             f"{lost[0]} was replaced while the model was loaded, which loses its residual weight: load it in floating "
             f"point, multiply the residual weights in with fold_resweight_, and quantise what that saves."
         )
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    prefix = _prefix(model)
     recorded = (*record.gates, *record.identities, *record.scales, *record.shapes)
     inside = tuple({prefix + re.sub(r"(^|\.)\d+\..*", r"\1", name) for name in recorded})
     missing = sorted(name for name in loading["missing_keys"] if name.startswith(inside))
     surplus = sorted(name for name in loading["unexpected_keys"] if name.startswith(inside))
     mismatched = sorted(name for name, *_ in loading["mismatched_keys"])
-    shapes = [name for name in mismatched if name.startswith(inside)]
+    tables = {f"{prefix}{name}.weight" for name in record.scales}  # of a size that the caller may choose, as elsewhere
+    shapes = [name for name in mismatched if name.startswith(inside) and name not in tables]
     wrong = {"missing": missing, "not expected": surplus, "of another shape": shapes}
     if any(wrong.values()):
         raise ValueError(
@@ -381,11 +383,25 @@ def check_weights(model: PreTrainedModel, loading: Mapping[str, Any], ignore_mis
             f"{', '.join(f'{what} {names[:3]}' for what, names in wrong.items() if names)}. The checkpoint is damaged or was "
             f"edited: save it anew from the model."
         )
-    if mismatched and not ignore_mismatched_heads:
+    if mismatched and not ignore_mismatched_sizes:
         raise RuntimeError(
             f"{', '.join(mismatched[:3])} of {type(model).__name__} are of another shape than in the checkpoint: give "
-            f"ignore_mismatched_sizes=True for a new head."
+            f"ignore_mismatched_sizes=True for a new head or a new token table."
         )
+
+
+@torch.no_grad()
+def fill_tables_(model: PreTrainedModel, loading: Mapping[str, Any]) -> None:
+    """Fill the token tables that a checkpoint lacks as those of a new model; transformers has filled them with less."""
+    new = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+    for name, deviation in Record.of(model.config).deviations.items():
+        if _prefix(model) + name in new:
+            nn.init.normal_(model.base_model.get_parameter(name), std=deviation)
+
+
+def _prefix(model: PreTrainedModel) -> str:
+    """What stands before the names of the base model."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 class RewrittenConfig:
@@ -414,6 +430,11 @@ class RewrittenConfig:
         result = super(RewrittenConfig, rewritten_class(config_class)).from_dict(values, **kwargs)
         Record.of(result[0] if isinstance(result, tuple) else result)
         return result
+
+    @classmethod
+    def from_json_file(cls, json_file):
+        """The config of a file that `to_json_file` wrote."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def to_json_file(self, json_file_path, use_diff: bool = True) -> None:
         """As in transformers, with a text in the place of a number, which the original class refuses."""

@@ -198,6 +198,21 @@ def test_more_tokens_in_a_scaled_table(tmp_path):
     assert torch.equal(loaded(**inputs("qwen3")).logits, model(**inputs("qwen3")).logits)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_tables_for_another_vocabulary_are_new_ones_if_they_are_asked_for(name, tmp_path):
+    model = rezero(name)
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.vocab_size = 300
+    with pytest.raises(RuntimeError, match="are of another shape than in the checkpoint"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
+    stream = other(**inputs(name), output_hidden_states=True).hidden_states[0]
+    assert other.get_input_embeddings().weight.shape == (300, 32) and abs(stream.std() - 1) < 0.2
+    gates = {n: p for n, p in model.named_parameters() if n.endswith("resweight")}
+    assert len(gates) == 6 and all(torch.equal(p, other.get_parameter(n)) for n, p in gates.items())
+
+
 def test_a_grown_model_and_one_without_layers_load(tmp_path):
     model = rezero("llama")
     grow_(model, 2)
@@ -270,6 +285,12 @@ def test_the_file_has_a_text_that_the_original_config_refuses_and_the_base_takes
     assert PreTrainedConfig.from_json_file(folder / "config.json").rewritten == config["rewritten"]
     assert vars(AutoConfig.from_pretrained(folder))[guard] == vars(rezero("llama").config)[guard]
     assert (config["hidden_size"], config["num_hidden_layers"]) == (32, 3)
+
+
+def test_the_config_class_reads_the_file_that_it_wrote(folder):
+    config = AutoConfig.from_pretrained(folder)
+    again = type(config).from_json_file(folder / "config.json")
+    assert type(again) is type(config) and again.to_dict() == config.to_dict() | {"_name_or_path": ""}
 
 
 def test_a_newer_format(folder):

@@ -201,6 +201,7 @@ class RewrittenModels:
 
     def __init__(self, config_class: type, model_class: type):
         self.config_class, self.model_class = config_class, model_class
+        self.causal_lm_class = rewritten_class(model_class)
         if config_class is ViTConfig:
             self.seq_length = (self.image_size // self.patch_size) ** 2 + 1
 
@@ -294,6 +295,12 @@ class RewrittenTests(ModelTesterMixin):
     """The tests of every model, of models of transformers after `rezero_`."""
 
     test_can_init_all_missing_weights_before_2023 = True
+
+    def test_config(self):
+        config = self.model_tester.get_config()
+        options = {"has_text_modality": hasattr(config, "vocab_size"), "common_properties": None}
+        recorded = {name: getattr(config, name) for name in ("rewritten", "original_config_class", "auto_map")}
+        ConfigTester(self, type(config), **options, **recorded).run_common_tests()
 
 
 def rewritten(*stock: type) -> tuple[type, ...]:
