@@ -14,6 +14,7 @@ COMMANDS = {
     "clm": "train or evaluate a causal language model",
     "mlm": "train or evaluate a masked language model",
     "classify-texts": "train or evaluate a classifier of texts",
+    "classify-tokens": "train or evaluate a model that tags the words of a text",
     "classify-images": "train or evaluate a classifier of images",
     "tokenizer": "train a byte-level BPE tokenizer on a text",
     "prune": "make a trained language model smaller",

@@ -13,41 +13,38 @@ left. Beside the checkpoint a finished run leaves `all_results.json`, `training.
 `--do_predict` leaves `predict_results.txt`, one `index<TAB>label` for every text.
 """
 
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
 from .. import ReZeroTrainer, ReZeroTrainingArguments
-from ..data.tables import load_table
 from . import summary
 from .entry import run_command
-from .labels import Labels, has_labels, labels_of, with_metric
+from .labels import Labels, has_labels, labels_of, with_metric, with_names_of
 from .lora import AdaptedModelArguments, with_adapters
+from .rows import (
+    RowArguments,
+    check_filled,
+    check_has_columns,
+    classifying_tokenizer,
+    cut_validation,
+    first_rows,
+    load_tables,
+    needed_parts,
+)
 from .running import (
-    TextModelArguments,
     check_output_dir,
     check_purpose,
-    choose_tokenizer,
     load_model,
+    names_in_checkpoint,
     parse_arguments,
     predict_and_save,
     run_and_publish,
 )
 
 
-# tsv as GLUE has it: a quotation mark is a character like any other
-READERS = {
-    ".tsv": ("csv", {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}),
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-}
-COMPRESSED = (".xz", ".gz", ".bz2", ".zip")
-SPLIT_SEED = 0
 # the columns of texts of each task of GLUE
 TASKS = {
     "cola": ("sentence", None),
@@ -73,40 +70,17 @@ class TextClassifierArguments(AdaptedModelArguments):
 
 
 @dataclass
-class DataArguments:
+class DataArguments(RowArguments):
     """The texts and their labels."""
 
     task_name: str | None = field(
         default=None, metadata={"help": f"A task of GLUE: {', '.join(TASKS)}; in place of a data set and its columns."}
-    )
-    dataset_name: str | None = field(default=None, metadata={"help": "A `datasets` name or folder."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    train_file: str | None = field(default=None, metadata={"help": ".tsv .csv .json .jsonl, also .xz .gz .bz2 .zip."})
-    validation_file: str | None = field(default=None, metadata={"help": "Default: cut from the training rows."})
-    test_file: str | None = field(default=None, metadata={"help": "Texts for --do_predict; labels are optional."})
-    validation_split_percentage: float = field(
-        default=5,
-        metadata={
-            "help": f"Part of the training rows cut off if there are no others, by the fixed seed {SPLIT_SEED}."
-        },
     )
     text_column_name: str = field(default="sentence", metadata={"help": "Column of the texts."})
     text_pair_column_name: str | None = field(default=None, metadata={"help": "Column of a second text, if any."})
     label_column_name: str = field(
         default="label", metadata={"help": "Column of the labels: numbers or names, fractions, or lists of names."}
     )
-    metric_name: str | None = field(
-        default=None,
-        metadata={"help": "A module of `evaluate` to score with, beside our own metrics: a name or path."},
-    )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again, whatever the cache holds."})
-    max_seq_length: int = field(default=512, metadata={"help": "Texts are cut after so many bytes or tokens."})
-    pad_to_max_length: bool = field(
-        default=False, metadata={"help": "Pad every batch to --max_seq_length, not to its longest text."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first so many training rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first so many evaluation rows."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Use the first so many test rows."})
 
     def __post_init__(self):
         if self.task_name is None:
@@ -129,8 +103,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(training_args.seed)
     tokenizer = classifying_tokenizer(model_args, data_args.max_seq_length)
     with training_args.main_process_first(desc="reading the texts"):
-        tables = load_tables(data_args, model_args.cache_dir, model_args.token)
+        tables = load_texts(data_args, model_args.cache_dir, model_args.token)
         labels = labels_of(tables["train"], data_args.label_column_name)
+        labels = with_names_of(labels, names_in_checkpoint(model_args))
         tables = cut_validation(tables, data_args.validation_split_percentage)
         parts = {
             part: encode(tables[part], part, data_args, labels, tokenizer)
@@ -167,96 +142,30 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
 
 
-def classifying_tokenizer(args: TextModelArguments, length: int) -> PreTrainedTokenizerBase:
-    """The tokenizer of the run, which pads on the right, so that positions count from the first token of a text.
-
-    Raises:
-        ValueError: It has nothing to pad with.
-    """
-    tokenizer = choose_tokenizer(args, length)
-    tokenizer.model_max_length, tokenizer.padding_side = length, "right"
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"{type(tokenizer).__name__} of {len(tokenizer)} tokens has neither a padding nor an end token: set "
-            f"tokenizer.pad_token, and save it."
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_tables(args: DataArguments, cache_dir: str | None, token: str | None) -> dict[str, Dataset]:
-    """The rows of train, validation and test, as far as there are any; a part that has a file is read from it."""
-    if (args.dataset_name is None) == (args.train_file is None):
-        raise ValueError("give exactly one of --dataset_name and --train_file.")
-    tables = {}
-    if args.dataset_name:
-        tables |= load_table(args.dataset_name, args.dataset_config_name, cache_dir=cache_dir, token=token)
+def load_texts(args: DataArguments, cache_dir: str | None, token: str | None) -> dict[str, Dataset]:
+    """The rows of train, validation and test, as far as there are any, with the columns that were named."""
+    tables = load_tables(args, cache_dir, token)
     if args.task_name == "mnli":
         tables |= {part: tables[f"{part}_matched"] for part in ("validation", "test")}
-    files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-    tables |= {part: read_file(file, cache_dir) for part, file in files.items() if file}
-    if "train" not in tables:
-        raise ValueError(f"{args.dataset_name} has the parts {', '.join(tables)}: one called train is needed.")
-    for part in [part for part in files if part in tables]:
+    for part in [part for part in ("train", "validation", "test") if part in tables]:
         check_columns(tables[part], part, args)
     return tables
-
-
-def read_file(path: str, cache_dir: str | None) -> Dataset:
-    """The rows of one file, by its ending."""
-    kind = next((suffix for suffix in reversed(Path(path).suffixes) if suffix not in COMPRESSED), "none")
-    if kind not in READERS:
-        raise ValueError(f"{path} is of type {kind}: use {', '.join(READERS)}, or one of these compressed.")
-    reader, options = READERS[kind]
-    return load_table(reader, data_files={"train": path}, split="train", cache_dir=cache_dir, **options)
 
 
 def check_columns(table: Dataset, part: str, args: DataArguments) -> None:
     """Refuse a table without the columns of texts and labels, or with texts that are none."""
     texts = {"text": args.text_column_name, "text_pair": args.text_pair_column_name}
     texts = {option: name for option, name in texts.items() if name}
-    for option, name in {**texts, "label": args.label_column_name}.items():
-        if name not in table.column_names and (part, option) != ("test", "label"):
-            raise ValueError(
-                f"the {part} part has no column {name!r}, only {', '.join(table.column_names)}: "
-                f"name the right one with --{option}_column_name."
-            )
+    check_has_columns(table, part, {**texts, "label": args.label_column_name})
     for text in texts.values():
         if getattr(table.features[text], "dtype", None) not in ("string", "large_string"):
             raise ValueError(f"column {text!r} of the {part} part is not text but {table.features[text]}.")
-        missing = table.data.column(text).null_count
-        if missing:
-            raise ValueError(
-                f"{missing} rows of the {part} part have no text in column {text!r}: remove or fill them."
-            )
-
-
-def cut_validation(tables: dict[str, Dataset], percentage: float) -> dict[str, Dataset]:
-    """Cut a validation part from the training rows if there is none, the same rows for every `--seed`."""
-    if "validation" in tables or not percentage:
-        return tables
-    halves = tables["train"].train_test_split(percentage / 100, seed=SPLIT_SEED)
-    return {**tables, "train": halves["train"], "validation": halves["test"]}
-
-
-def needed_parts(args: ReZeroTrainingArguments, tables: dict[str, Dataset]) -> list[str]:
-    """The parts that the run needs."""
-    evaluates = args.do_eval or args.eval_strategy != "no"
-    needs = {"train": args.do_train, "validation": evaluates, "test": args.do_predict}
-    for part, needed in needs.items():
-        if needed and part not in tables:
-            raise ValueError(f"there are no rows for {part}: give --{part}_file.")
-    return [part for part, needed in needs.items() if needed]
+        check_filled(table, part, text)
 
 
 def encode(table: Dataset, part: str, args: DataArguments, labels: Labels, tokenizer) -> Dataset:
     """Turn the first rows, as many as asked for, into tokens and the labels that a model learns."""
-    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_predict_samples}
-    if limits[part] is not None:
-        table = table.select(range(min(limits[part], len(table))))
-    if not len(table):
-        raise ValueError(f"the {part} part has no rows.")
+    table = first_rows(table, part, args)
     label = args.label_column_name
     feature = table.features[label] if has_labels(table, part, label, labels) else None
 

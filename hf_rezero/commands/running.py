@@ -255,6 +255,14 @@ def choose_tokenizer(args: TextModelArguments, length: int) -> PreTrainedTokeniz
     return byte_tokenizer(model_max_length=length) if tokenizer is None or tokens_are_bytes(tokenizer) else tokenizer
 
 
+def names_in_checkpoint(args: ModelArguments) -> list[str]:
+    """The names of the labels of a checkpoint in the order of their ids, or none for a new model."""
+    if not args.model_name_or_path:
+        return []
+    names = AutoConfig.from_pretrained(args.model_name_or_path, **_hub(args)).id2label or {}
+    return [names[i] for i in sorted(names)]
+
+
 def check_overrides(args: ModelArguments) -> None:
     """Refuse overrides for a model that has its shape.
 

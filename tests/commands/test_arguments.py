@@ -30,6 +30,13 @@ SCRIPTS = {
         f"{TEXT_MODEL} {FILES} task_name max_seq_length pad_to_max_length max_predict_samples test_file "
         "ignore_mismatched_sizes",
     ),
+    "run_ner.py": (
+        "classify-tokens",
+        f"cache_dir model_revision token trust_remote_code {DATA} model_name_or_path config_name tokenizer_name "
+        "ignore_mismatched_sizes task_name train_file validation_file test_file text_column_name label_column_name "
+        "overwrite_cache preprocessing_num_workers max_seq_length pad_to_max_length max_predict_samples label_all_tokens "
+        "return_entity_level_metrics",
+    ),
     "run_image_classification.py": (
         "classify-images",
         f"{HUB} {DATA} model_name_or_path model_type config_name image_processor_name feature_extractor_name "

@@ -26,6 +26,7 @@ from hf_rezero import ReZeroConfig, ReZeroForCausalLM, byte_tokenizer
 from hf_rezero.commands import classify_texts as run_classification
 from hf_rezero.commands import mlm as run_mlm
 from hf_rezero.commands.labels import Classes, labels_of
+from hf_rezero.commands.rows import read_file
 from hf_rezero.commands.running import ModelArguments, load_model
 from hf_rezero.data.windows import collate_bytes
 
@@ -316,7 +317,7 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path, kind, compress):
     ending = {None: "", gzip: ".gz", lzma: ".xz", bz2: ".bz2"}[compress]
     path = tmp_path / f"v1.2{kind}{ending}"
     path.write_bytes(compress.compress(content.encode()) if compress else content.encode())
-    assert run_classification.read_file(str(path), str(tmp_path / "cache")).to_list() == rows
+    assert read_file(str(path), str(tmp_path / "cache")).to_list() == rows
 
 
 def test_a_data_set_with_named_classes_keeps_their_order(tmp_path):
