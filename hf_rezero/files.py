@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON."""
+"""Files that are written whole or not at all, folders for the time being, and JSON."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ def written_whole(target: str | os.PathLike) -> Iterator[Path]:
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_orphans(target.parent)
-    temporary = target.with_name(f"{target.name}.{_place()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.tmp")
+    temporary = _temporary(target)
     try:
         yield temporary
         temporary.replace(target)
@@ -44,8 +45,36 @@ def written_whole(target: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def temporary_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """Give an empty folder beside `target`, to make it in; it is gone when the block ends.
+
+    What killed processes have left beside it is removed.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp(), "tokens")
+        >>> with temporary_folder(target) as folder:
+        ...     _ = Path(folder, "part").write_text("half")
+        >>> list(target.parent.iterdir())
+        []
+    """
+    target = Path(target)
+    remove_orphans(target.parent)
+    folder = _temporary(target)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f"{target.name}.{_place()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.tmp")
+
+
 def remove_orphans(folder: Path) -> None:
-    """Remove the temporary files in a folder that nobody writes any more.
+    """Remove the temporary files and folders in a folder that nobody writes any more.
 
     That is so where the process that made one is gone, as this machine can tell of its own, and where nothing was
     written for a day.
@@ -53,8 +82,13 @@ def remove_orphans(folder: Path) -> None:
     for path in folder.glob("*.tmp"):
         found = _TEMPORARY.search(path.name)
         with suppress(OSError):  # another process may have removed it, or may have to
-            if found and (_is_gone(*found.groups()) or time.time() - path.stat().st_mtime > _DAY):
-                path.unlink()
+            if found and (_is_gone(*found.groups()) or time.time() - _last_written(path) > _DAY):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _last_written(path: Path) -> float:
+    inside = path.rglob("*") if path.is_dir() else []
+    return max(each.lstat().st_mtime for each in [path, *inside])
 
 
 @cache

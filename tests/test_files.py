@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from hf_rezero.files import remove_orphans, write_text, written_whole
+from hf_rezero.files import remove_orphans, temporary_folder, write_text, written_whole
 
 
 WRITES = """
@@ -67,3 +67,39 @@ def test_what_this_machine_cannot_tell_goes_after_a_day(tmp_path, name, days, st
     os.utime(path, (then, then))
     remove_orphans(tmp_path)
     assert path.exists() == stays
+
+
+FILLS = """
+import sys, time
+from hf_rezero.files import temporary_folder
+with temporary_folder(sys.argv[1]) as folder:
+    (folder / "part").write_text("half")
+    print("written", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_folder_of_a_killed_process_goes_and_that_of_a_live_one_stays(tmp_path):
+    command = [sys.executable, "-c", FILLS, str(tmp_path / "a")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with temporary_folder(tmp_path / "a") as ours:
+            (theirs,) = [path for path in tmp_path.iterdir() if path != ours]
+        assert (theirs / "part").read_text() == "half" and not ours.exists()
+        process.kill()
+        process.wait()
+    with temporary_folder(tmp_path / "b") as ours:
+        assert list(tmp_path.iterdir()) == [ours]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("days", [0, 2])
+def test_a_folder_of_another_machine_stays_while_something_in_it_is_written(tmp_path, days):
+    path = tmp_path / f"a.{'1' * 12}-999999999-{'2' * 12}.tmp"
+    path.mkdir()
+    (path / "part").write_text("half")
+    then = time.time() - 2 * 24 * 60 * 60
+    os.utime(path / "part", (time.time() - days * 24 * 60 * 60,) * 2)
+    os.utime(path, (then, then))
+    remove_orphans(tmp_path)
+    assert path.exists() == (days == 0)

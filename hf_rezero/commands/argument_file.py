@@ -1,10 +1,11 @@
 """A YAML or JSON file of arguments: each name once, with a value of the kind that the argument takes."""
 
 import argparse
+import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,9 @@ def read_argument_file(path: Path, actions: Mapping[str, argparse.Action]) -> di
         raise ValueError(f"{path}, line {_line(root)}: got no arguments, expected lines of the form `name: value`.")
     _check_size(root, path)
     lines = _lines_of_names(root, path)
-    unknown = [name for name in lines if name not in actions]
+    unknown = next((name for name in lines if name not in actions), None)
     if unknown:
-        raise ValueError(
-            f"{path}, line {lines[unknown[0]]}: unknown arguments {', '.join(unknown)}: see --help for the names."
-        )
+        raise ValueError(f"{path}, line {lines[unknown]}: {unknown_argument(unknown, actions)}")
     values = {}
     for key, node in root.value:
         try:
@@ -49,6 +48,17 @@ def read_argument_file(path: Path, actions: Mapping[str, argparse.Action]) -> di
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"{path}, line {lines[key.value]}: {key.value} {error}.") from None
     return values
+
+
+def unknown_argument(name: str, known: Iterable[str]) -> str:
+    """What an unknown argument is told by: the nearest one that there is.
+
+    Example:
+        >>> unknown_argument("blocksize", ["block_size", "do_train"])
+        'unknown argument blocksize: did you mean block_size?'
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"unknown argument {name}: {f'did you mean {near[0]}?' if near else 'see --help for the names.'}"
 
 
 def _parsed(path: Path) -> yaml.Node | None:

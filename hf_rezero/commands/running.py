@@ -1,6 +1,5 @@
 """What the command-line scripts share: arguments from a file, the model to train, and what a finished run leaves."""
 
-import difflib
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -41,7 +40,7 @@ from ..trainer.arguments import ReZeroTrainingArguments
 from ..trainer.checkpoints import check_model_files, resume_point
 from ..trainer.folder import check_unlocked, check_writable, locked
 from ..trainer.stopping import Interrupted, ended_by_signals
-from .argument_file import read_argument_file
+from .argument_file import read_argument_file, unknown_argument
 
 
 @dataclass
@@ -114,10 +113,7 @@ def parse_arguments(dataclass_types: Sequence[type], description: str, argv: Seq
     *parsed, left = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if left:
         first = next((word for word in left if word.startswith("--")), left[0]).partition("=")[0]
-        near = difflib.get_close_matches(first, list(parser._option_string_actions), n=1)
-        raise ValueError(
-            f"unknown argument {first}: {f'did you mean {near[0]}?' if near else 'see --help for the names.'}"
-        )
+        raise ValueError(unknown_argument(first, parser._option_string_actions))
     _refuse_nan(parsed)
     return tuple(parsed)
 

@@ -10,7 +10,6 @@ can be compared between tokenizers, and with models of bytes.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..files import written_whole
+from ..files import temporary_folder, written_whole
 from .corpora import as_range, from_range
 from .documents import Piece, decode, pieces
 from .download import cache_key, default_cache
@@ -149,7 +148,8 @@ def load_tokens(
 
     Documents are laid end to end, without padding, each followed by the tokenizer's end token, or its separator if it
     has none; it stands for the newline between them. The cache goes by the content of the text and of the tokenizer, so
-    that a changed text or tokenizer is never mistaken for the former one. Its files are written whole or not at all.
+    that a changed text or tokenizer is never mistaken for the former one. Its files are written whole or not at all, and what
+    killed calls have left in it is removed.
 
     Args:
         data: The text in UTF-8, uint8 `[n_bytes]`, such as a part of a `Corpus`.
@@ -181,10 +181,10 @@ def load_tokens(
     )
     if overwrite_cache or not ids.is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix="tokens-") as folder:
+        with temporary_folder(ids) as folder:
             bar = tqdm(desc="tokenizing", unit="B", unit_scale=True, total=len(data), disable=not progress)
             with bar:
-                _write(_encoded(data, encoder, ends, num_workers or 1), encoder, Path(folder), ids, num_bytes, bar)
+                _write(_encoded(data, encoder, ends, num_workers or 1), encoder, folder, ids, num_bytes, bar)
     return Tokens(np.load(ids, mmap_mode="r"), np.load(num_bytes, mmap_mode="r") if encoder.knows_bytes else None)
 
 

@@ -86,7 +86,7 @@ def test_a_yaml_file_gives_the_arguments_and_the_command_line_wins(text, tmp_pat
     assert isinstance(args, ReZeroTrainingArguments)
     assert (args.learning_rate, args.max_steps) == (1e-3, 2)
     config.write_text("lerning_rate: 1\n")
-    with pytest.raises(ValueError, match="unknown arguments lerning_rate"):
+    with pytest.raises(ValueError, match="unknown argument lerning_rate: did you mean learning_rate"):
         run_clm.main([str(config)])
     with pytest.raises(ValueError, match="does not exist: name a YAML or JSON file"):
         run_clm.main([str(tmp_path / "none.yaml")])

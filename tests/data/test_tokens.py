@@ -167,9 +167,10 @@ def test_a_killed_call_leaves_nothing_that_is_taken_for_tokens(bpe, tmp_path):
     (tmp_path / "text").write_bytes(PROSE.encode())
     command = [sys.executable, "-c", KILLED, str(tmp_path / "text"), str(tmp_path / "cache")]
     assert subprocess.run(command, env={**os.environ}).returncode == -signal.SIGKILL
-    assert not list((tmp_path / "cache").glob("*.npy"))
+    assert not list((tmp_path / "cache").glob("*.npy")) and list((tmp_path / "cache").iterdir())
     tokens = load_tokens(as_bytes(PROSE), bpe, cache_dir=tmp_path / "cache")
     assert tokens.ids.tolist() == bpe(PROSE).input_ids
+    assert all(path.suffix == ".npy" for path in (tmp_path / "cache").iterdir())
 
 
 def test_documents_need_an_end_token_and_a_text_needs_tokens(word_pieces, tmp_path):
