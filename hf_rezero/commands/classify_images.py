@@ -45,6 +45,7 @@ from .running import (
     check_output_dir,
     check_purpose,
     load_any_model,
+    load_teacher_of,
     parse_arguments,
     predict_and_save,
     run_and_publish,
@@ -152,6 +153,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_dataset=datasets.get("validation"),
         processing_class=processor,
         compute_metrics=accuracy,
+        distillation=load_teacher_of(model, model_args, training_args),
     )
     return run_and_publish(
         trainer,

@@ -38,6 +38,7 @@ from .running import (
     check_output_dir,
     check_purpose,
     load_model,
+    load_teacher_of,
     names_in_checkpoint,
     parse_arguments,
     predict_and_save,
@@ -121,6 +122,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         **labels.config(),
     )
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last token before it
+    distillation = load_teacher_of(model, model_args, training_args)
     model = with_adapters(model, model_args, "SEQ_CLS")
     trainer = ReZeroTrainer(
         model,
@@ -130,6 +132,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_dataset=parts.get("validation"),
         processing_class=tokenizer,
         compute_metrics=with_metric(labels, data_args.metric_name),
+        distillation=distillation,
     )
     return run_and_publish(
         trainer,

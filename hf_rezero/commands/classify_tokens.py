@@ -43,6 +43,7 @@ from .running import (
     check_output_dir,
     check_purpose,
     load_model,
+    load_teacher_of,
     names_in_checkpoint,
     parse_arguments,
     predict_and_save,
@@ -119,6 +120,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_dataset=parts.get("validation"),
         processing_class=tokenizer,
         compute_metrics=with_metric(tags, data_args.metric_name, each_entity=data_args.return_entity_level_metrics),
+        distillation=load_teacher_of(model, model_args, training_args),
     )
     return run_and_publish(
         trainer,

@@ -23,6 +23,7 @@ from .running import (
     choose_tokenizer,
     evaluate_and_save,
     load_model,
+    load_teacher_of,
     parse_arguments,
     run_and_publish,
 )
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(training_args.seed)
     tokenizer = choose_tokenizer(model_args, data_args.block_size)
     model = load_model(model_args, AutoModelForCausalLM, data_args.block_size, tokenizer, is_causal=True)
+    distillation = load_teacher_of(model, model_args, training_args)
     model = with_adapters(model, model_args, "CAUSAL_LM")
     with training_args.main_process_first(desc="reading the corpus"):
         texts, stream = load_windows(data_args, model_args, training_args, tokenizer)
@@ -49,6 +51,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_dataset=training_windows(texts["train"], data_args) if "train" in texts else stream,
         eval_dataset=scored_windows(texts["validation"], data_args) if "validation" in texts else None,
         processing_class=tokenizer,
+        distillation=distillation,
     )
 
     def predict() -> dict[str, float]:

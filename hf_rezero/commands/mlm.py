@@ -29,6 +29,7 @@ from .running import (
     choose_tokenizer,
     evaluate_and_save,
     load_model,
+    load_teacher_of,
     parse_arguments,
     run_and_publish,
 )
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             f"give it one, tokenizer.add_special_tokens({{'mask_token': '<|mask|>'}}), and save it."
         )
     model = load_model(model_args, AutoModelForMaskedLM, data_args.block_size, tokenizer, is_causal=False)
+    distillation = load_teacher_of(model, model_args, training_args)
     model = with_adapters(model, model_args, None)
     with training_args.main_process_first(desc="reading the corpus"):
         texts, stream = load_windows(data_args, model_args, training_args, tokenizer)
@@ -85,6 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         preprocess_logits_for_metrics=score_windows,
         compute_metrics=add_up,
+        distillation=distillation,
     )
 
     def predict() -> dict[str, float]:

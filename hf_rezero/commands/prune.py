@@ -18,7 +18,7 @@ run leaves `pruning/report.json`, `pruning/report.png` and `all_results.json`; `
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ from .running import (
     choose_tokenizer,
     evaluate_and_save,
     load_any_model,
+    load_teacher_of,
     parse_arguments,
     run_and_publish,
     weight_type,
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.prune_method is None and args.prune_target_sparsity is None:
         return {}
     size = weights_size(model_args.model_name_or_path) or model.get_memory_footprint()
-    trainer = make_trainer(model, args, data, teacher_of(model_args, args, trains))
+    trainer = make_trainer(model, args, data, teacher_of(model, model_args, args, trains))
     metrics = prune(trainer, data, prune_args, checkpoint, source_of(data_args))
     report = trainer.pruning_report
     report.take_quality(metrics, data.unit.key)
@@ -200,7 +201,7 @@ def load_checkpoint(args: TextModelArguments) -> PreTrainedModel:
     else:
         model = load_any_model(args, AutoModelForCausalLM, {})
     architectures: list[str] = getattr(model.config, "architectures", None) or [type(model).__name__]
-    if type(model).__name__ not in architectures:
+    if not {c.__name__ for c in type(model).__mro__} & set(architectures):  # --rezero makes subclasses
         raise ValueError(
             f"{folder} holds a {architectures[0]}: this script prunes causal language models. Prune others in Python "
             f"with hf_rezero.pruning, or while they train, with the --prune_* arguments of the other scripts."
@@ -225,7 +226,7 @@ def load_data(args: DataArguments, model_args: TextModelArguments, config, progr
 
 
 def teacher_of(
-    model_args: TextModelArguments, args: ReZeroTrainingArguments, trains: bool
+    student: PreTrainedModel, model_args: TextModelArguments, args: ReZeroTrainingArguments, trains: bool
 ) -> DistillationConfig | None:
     """Whom the model learns from while it trains: the dense model, unless `--distill_from` names another or none."""
     if not trains:
@@ -233,8 +234,10 @@ def teacher_of(
     dense = model_args.model_name_or_path
     args.distill_from = args.distill_from or dense
     config = DistillationConfig.from_arguments(args)
-    if config is not None and config.teacher == dense:
-        config.teacher = load_checkpoint(model_args)  # which also reads what was pruned before
+    if config is None or config.teacher != dense:
+        return load_teacher_of(student, model_args, args)
+    # what reads models that were pruned before; residual weights of 1 would change nothing
+    config.teacher = load_checkpoint(replace(model_args, rezero=False, rezero_args=None))
     return config
 
 

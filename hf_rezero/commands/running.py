@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import distributed as dist
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -38,6 +39,7 @@ from ..rewrite import rezero_
 from ..structure.states import check_finite
 from ..trainer.arguments import ReZeroTrainingArguments
 from ..trainer.checkpoints import check_model_files, resume_point
+from ..trainer.distillation import DistillationConfig, load_teacher
 from ..trainer.folder import check_unlocked, check_writable, locked
 from ..trainer.stopping import Interrupted, ended_by_signals
 from .argument_file import read_argument_file, unknown_argument
@@ -349,8 +351,21 @@ def _with_residual_weights(model: PreTrainedModel, args: ModelArguments) -> PreT
         )
     if args.rezero:
         values = {name: float(value) if name == "resweight_init" else value for name, _, value in given}
-        print(rezero_(model, pretrained=bool(args.model_name_or_path), **values))
+        report = rezero_(model, pretrained=bool(args.model_name_or_path), **values)
+        if not (dist.is_initialized() and dist.get_rank()):
+            print(report)
     return model
+
+
+def load_teacher_of(
+    student: PreTrainedModel, args: ModelArguments, training_args: ReZeroTrainingArguments
+) -> DistillationConfig | None:
+    """What `--distill_*` asks for, if anything, with the teacher loaded; its code is run if that of the model may be."""
+    config = DistillationConfig.from_arguments(training_args)
+    if config is not None and isinstance(config.teacher, str):
+        options = {name: value for name, value in _hub(args).items() if name != "revision"}
+        config.teacher = load_teacher(config.teacher, student, **options)
+    return config
 
 
 def weight_type(name: str) -> torch.dtype | str:

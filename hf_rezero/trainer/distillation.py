@@ -155,8 +155,13 @@ def predicted(logits: Tensor, labels: Tensor | None, shifts: bool) -> Tensor:
     return logits[labels != -100]
 
 
-def load_teacher(name: str, student: nn.Module) -> PreTrainedModel:
+def load_teacher(name: str, student: nn.Module, **options: Any) -> PreTrainedModel:
     """The model of a folder or Hub name, in the class of the student's task.
+
+    Args:
+        name: The folder or Hub name.
+        student: Whose outputs the teacher has.
+        options: Arguments for `from_pretrained`, such as `trust_remote_code`.
 
     Raises:
         ValueError: The Auto classes do not know the student.
@@ -164,7 +169,7 @@ def load_teacher(name: str, student: nn.Module) -> PreTrainedModel:
     for mapping, auto_class in AUTO_CLASSES:
         known = mapping.get(type(getattr(student, "config", None)), ())
         if isinstance(student, known):
-            return auto_class.from_pretrained(name)
+            return auto_class.from_pretrained(name, **options)
     raise ValueError(
         f"no Auto class knows the task of {type(student).__name__}: load the teacher yourself and pass it on, "
         f"DistillationConfig(teacher=model)."

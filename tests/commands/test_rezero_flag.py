@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from support.launch import run_command
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_rezero.commands import clm, diagnose, generate, grow, mlm, prune
@@ -78,6 +79,14 @@ def test_every_command_opens_it(text, checkpoint, tmp_path, capsys):
     )
     assert metrics["eval_bpb"] > 0
     assert "import hf_rezero; from transformers import AutoModelForCausalLM" in capsys.readouterr().out
+
+
+def test_two_processes_report_once(text, tmp_path):
+    values = {"max_steps": 2, "per_device_train_batch_size": 2, "do_eval": False}
+    done = run_command("clm", *new(text, tmp_path / "run", "llama", **values), processes=2)
+    report = "3 layers, 6 residual weights on 6 projections, 7 norms removed, weights new"
+    assert done.stdout.count(report) == 1
+    assert "2 processes" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_masked_language_models_too(text, tmp_path):
