@@ -83,6 +83,30 @@ def arguments(folders):
     return argparse.Namespace(**names, length=16, batch_size=2, windows=2)
 
 
+@pytest.mark.parametrize("width", [False, True])
+@pytest.mark.parametrize("made", [LlamaForCausalLM, BertModel])
+def test_the_peer_removes_as_many_parameters(made, width):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = made(made.config_class(vocab_size=50, **sizes))
+    ratio = pretrained.peer_ratio(model, width, 0.3)
+    groups = pretrained.find_groups(model, ["heads", "neurons"])
+    wanted = 0.3 * pretrained.Sizes(model, groups).prunable
+    kept = 1 - ratio
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layer" in n}
+    neurons = sum(p.numel() for n, m in linear.items() if "attention" not in n and "attn" not in n for p in [m.weight])
+    rest = sum(p.numel() for p in model.parameters()) - neurons
+    left = rest + kept * neurons if not width else kept * rest + kept**2 * neurons
+    assert rest + neurons - left == pytest.approx(wanted, rel=0.02)
+
+
+def test_the_peer_runs(run):
+    pytest.importorskip("torch_pruning", reason="torch-pruning is compared by hand and no dependency of the tests")
+    results = run("--methods", *pretrained.PEERS)
+    for name in ("smollm2", "minilm"):
+        removed = [arm["removed"] for key, arm in results["runs"].items() if key.startswith(f"{name} | Torch")]
+        assert len(removed) == 4 and max(removed) < 0.3 and min(removed) > 0
+
+
 def test_bits_per_byte_are_those_of_the_predicted_tokens(run, folders):
     task = pretrained.Language(arguments(folders))
     ids, sizes = task.tokens(task.held_out[:1])

@@ -10,7 +10,8 @@
 Heads and neurons are chosen by magnitude, by Taylor scores, or by L1 or L0 masks; whole layers by L1 masks on gates that
 `rezero_` put in at 1. Every arm has as many steps, `budget`: scored units go at once, masks are learned in the first half. Each
 arm is trained on the labels alone (next tokens; the following passage among those of the batch), and again with the whole
-model as teacher, weight 0.5. MiniLM is post-norm, so that none of its layers can be switched off.
+model as teacher, weight 0.5. `--methods "Torch-Pruning, neurons" "Torch-Pruning, width"` asks the package torch-pruning for as
+many parameters. MiniLM is post-norm, so that none of its layers can be switched off.
 
 `removed` counts parameters of the whole model, embeddings included. Training is in bf16 by autocast, quality in fp32. Results
 are written after every arm, and a repeated call goes on where it stopped. `time` is that of a forward pass over that of the
@@ -19,6 +20,7 @@ whole model, the median of interleaved runs; models are built for it from the co
 
 import argparse
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +40,8 @@ from hf_rezero import load_corpus, rezero_
 from hf_rezero.data.download import default_cache
 from hf_rezero.picture import Picture, ink, label_lines
 from hf_rezero.pruning import attach_masks, find_groups, magnitude, prune_, remove_pruned_, select, taylor
+from hf_rezero.pruning.select import Sizes
+from hf_rezero.rewrite.record import write_record
 from hf_rezero.trainer.distillation import predicted, soft_target_loss
 
 
@@ -49,6 +53,12 @@ LEARNED = {
 }
 SCORED = ("magnitude", "Taylor")
 METHODS = (*SCORED, *LEARNED)
+PEERS = {"Torch-Pruning, neurons": False, "Torch-Pruning, width": True}  # whether the width of the stream goes too
+# names in Llama and in BERT
+ATTENTION, NEURONS = (
+    ("q_proj", "k_proj", "v_proj", "query", "key", "value"),
+    ("gate_proj", "up_proj", "intermediate.dense"),
+)
 LABELS, TEACHER = "labels", "labels and teacher"
 SMOKE = {"budget": 2, "windows": 2, "length": 32, "batch_size": 2, "sparsities": [0.1], "repeats": 1}
 
@@ -231,6 +241,47 @@ def cut_by_scores(task: Task, model: nn.Module, method: str, sparsity: float, ar
     prune_(model, groups, select(model, groups, scores, sparsity), method=method)
 
 
+def cut_by_torch_pruning(task: Task, model: PreTrainedModel, width: bool, sparsity: float, args, rng) -> None:
+    """As many parameters removed by torch_pruning and its Taylor scores: of the neurons, or of the stream and the neurons.
+
+    Its graph follows grouped queries in eager attention only, and it removes none of their keys and values: heads stay.
+    """
+    import torch_pruning
+
+    kept, first = ([m for n, m in model.named_modules() if n.endswith(ends)] for ends in (ATTENTION, NEURONS))
+    ratio = peer_ratio(model, width, sparsity)
+    model.set_attn_implementation("eager")
+    for batch, _ in zip(task.batches(rng), range(args.score_batches), strict=False):
+        task.loss(model, batch).backward()
+    torch_pruning.pruner.BasePruner(
+        model,
+        example_inputs={"input_ids": torch.arange(8)[None]},
+        output_transform=lambda output: output[0],
+        importance=torch_pruning.importance.GroupTaylorImportance(),
+        pruning_ratio=ratio if width else 0.0,
+        pruning_ratio_dict={} if width else dict.fromkeys(first, ratio),
+        ignored_layers=[*kept, *([model.lm_head] if model.get_output_embeddings() else [])],
+    ).step()
+    model.zero_grad()
+    model.tie_weights()
+    model.set_attn_implementation("sdpa")
+    write_record(model)
+
+
+def peer_ratio(model: nn.Module, width: bool, sparsity: float) -> float:
+    """r, such that as much goes as with `sparsity` s of the parameters of heads A and neurons M.
+
+    Of the neurons alone r M = s (A + M). With the width, (1 - r) (E + A) + (1 - r)^2 M = E + (1 - s) (A + M) stays, where
+    E is everything else.
+    """
+    heads, neurons = (Sizes(model, find_groups(model, [kind])).prunable for kind in ("heads", "neurons"))
+    if not width:
+        return sparsity * (heads + neurons) / neurons
+    rest = sum(p.numel() for p in model.parameters()) - neurons
+    left = rest + neurons - sparsity * (heads + neurons)
+    return 1 - (math.sqrt(rest**2 + 4 * neurons * left) - rest) / (2 * neurons)
+
+
 def cut_by_masks(task: Task, model: PreTrainedModel, method: str, sparsity: float, taught: bool, args, rng) -> None:
     """Learn masks in the first half of the budget, and remove what they close."""
     kind, targets = LEARNED[method]
@@ -257,7 +308,9 @@ def run(task: Task, method: str, sparsity: float, teacher: str, folder: Path, ar
     start, taught = time.perf_counter(), teacher == TEACHER
     torch.manual_seed(args.seed)
     rng, model, steps = np.random.default_rng(args.seed), copy.deepcopy(task.whole), range(args.budget)
-    if method in LEARNED:
+    if method in PEERS:
+        cut_by_torch_pruning(task, model, PEERS[method], sparsity, args, rng)
+    elif method in LEARNED:
         cut_by_masks(task, model, method, sparsity, taught, args, rng)
         steps = steps[args.budget // 2 :]
     else:
@@ -335,14 +388,14 @@ def draw(results: dict) -> Picture:
     figure = Picture(figsize=(5.5 * len(tasks), 4.2))
     for axes, (name, task) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
         axes.axhline(task["quality"], color=ink(), linewidth=1, label="whole model")
-        for color, method in enumerate(METHODS):
+        for color, method in enumerate((*METHODS, *PEERS)):
             for teacher, style in ((LABELS, "o--"), (TEACHER, "o-")):
                 points = points_of(results, f"{name} | {method} | ", f" | {teacher}")
                 if points:
                     label = method if teacher == TEACHER else f"_{method}"
                     axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=label)
         axes.set(title=task["title"], xlabel="parameters, millions", ylabel=task["unit"])
-        label_lines(axes, [line for line in axes.lines if line.get_label() in METHODS])
+        label_lines(axes, [line for line in axes.lines if line.get_label() in (*METHODS, *PEERS)])
     return figure
 
 
@@ -359,7 +412,7 @@ def main() -> None:
     parser.add_argument("--minilm", help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--train_file", default="python-stdlib", help="corpus: a file or a name of load_corpus")
     parser.add_argument("--tasks", nargs="+", choices=("smollm2", "minilm"), default=["smollm2", "minilm"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *PEERS), default=list(METHODS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.2, 0.4], help="of the prunable parameters")
     parser.add_argument("--budget", type=int, default=40, help="steps of each arm")
     parser.add_argument("--batch_size", type=int, default=2, help="windows; of passages eight times as many")
