@@ -180,6 +180,17 @@ def test_importing_the_library_imports_no_trainer_and_no_data_sets():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
+def test_rewriting_a_model_imports_no_other_family():
+    code = """
+import sys, transformers, hf_rezero
+sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 8}
+hf_rezero.rezero_(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)))
+print({f"transformers.models.{family}" for family in ("bert", "llama", "t5")} & sys.modules.keys())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "{'transformers.models.llama'}"
+
+
 @pytest.mark.parametrize("old", MOVED)
 def test_a_module_that_has_moved_is_found_under_its_old_name(old):
     with pytest.warns(DeprecationWarning, match=f"hf_rezero.{old} has moved: import from hf_rezero.{MOVED[old]}"):

@@ -492,9 +492,7 @@ def _config_init(self, **kwargs):
 
 def _classes(auto: type, config_class: type) -> tuple[type, ...]:
     """What an Auto class makes of a config: one class, as a rule; none that has another config, as one of Qwen2 has."""
-    if config_class not in auto._model_mapping.keys():
-        return ()
-    found = auto._model_mapping[config_class]
+    found = auto._model_mapping.get(config_class, ())  # which, unlike its keys, imports no other family
     found = found if isinstance(found, tuple) else (found,)
     return tuple(model_class for model_class in found if model_class.config_class is config_class)
 

@@ -7,9 +7,21 @@ import sys
 
 import pytest
 import torch
-from support.pruning_models import IMAGE, OTHERS, REZERO_IMAGE, STOCK, TEXT, build, rezero, seed_net, set_masks, stir
+from support.pruning_models import (
+    AUTO,
+    IMAGE,
+    OTHERS,
+    REZERO_IMAGE,
+    STOCK,
+    TEXT,
+    build,
+    rezero,
+    seed_net,
+    set_masks,
+    stir,
+)
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 from hf_rezero import LAMB, Ranger, lookahead, param_groups
 from hf_rezero.pruning import (
@@ -84,9 +96,7 @@ def test_a_pruned_model_comes_back(name, targets, tmp_path):
     elif name.startswith("rezero"):
         again = AutoModelForCausalLM.from_pretrained(tmp_path)
     elif hasattr(model, "config") and name in TEXT:
-        masked = name in ("bert", "roberta", "distilbert")
-        auto = STOCK[name][0] if name in STOCK else AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        again = load_pruned(tmp_path, auto.from_config(AutoConfig.from_pretrained(tmp_path)))
+        again = load_pruned(tmp_path, AUTO[name].from_config(AutoConfig.from_pretrained(tmp_path)))
     else:
         again = load_pruned(tmp_path, build(name, torch.float32, seed=5)[0])
     assert torch.equal(output_of(again, batch), output_of(model, batch))
@@ -97,7 +107,7 @@ def test_a_pruned_family_of_transformers_comes_back_through_its_auto_class(name,
     targets = ("heads", "neurons", "layers") if name in LAYERED else ("heads", "neurons")
     model, batch, _ = pruned(name, targets, torch.float32, seed=1)
     model.save_pretrained(tmp_path)
-    again = STOCK[name][0].from_pretrained(tmp_path)
+    again = AUTO[name].from_pretrained(tmp_path)
     assert torch.equal(output_of(again, batch), output_of(model, batch))
 
 

@@ -1,8 +1,6 @@
 """Checkpoints of rewritten models: AutoModel gives them back, with this library and without it, and nothing else does."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 from support.stock_models import DECODERS, STOCK, inputs, stir
+from support.without_library import GREEDY, answers, save
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -30,42 +29,7 @@ from hf_rezero.rewrite.modeling_rewritten import FORMAT, HOW_TO_LOAD
 
 AUTO = {"vit": AutoModelForImageClassification, "bert": AutoModelForMaskedLM}
 
-# without this library: what the folder computes with trust, and what comes of it without
-WITHOUT = """
-import sys, torch
-sys.modules["hf_rezero"] = None  # importing it now raises ImportError
-import transformers
-torch.set_num_threads(1)
-def refusal(auto, folder, **options):
-    try:
-        auto.from_pretrained(folder, **options)
-    except Exception as error:
-        return str(error)
-for folder in sys.argv[1:]:
-    auto_class, stock_class, batch = torch.load(folder + "/inputs.pt")
-    auto, stock = getattr(transformers, auto_class), getattr(transformers, stock_class)
-    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
-    result = {"logits": model(**batch).logits.detach(), "is_stock": isinstance(model, stock), "texts": []}
-    if model.can_generate():
-        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-        modes = ({}, {"use_cache": False}, {"num_beams": 2}, {"cache_implementation": "static"})
-        result["texts"] = [model.generate(**batch, **options, **mode) for mode in modes]
-    half = auto.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
-    result["dtypes"] = {name.rpartition(".")[2]: p.dtype for name, p in half.named_parameters()}
-    model.save_pretrained(folder + "/again")
-    again = auto.from_pretrained(folder + "/again", trust_remote_code=True).eval()
-    result["again"] = torch.equal(again(**batch).logits, result["logits"])
-    torch.save(result, folder + "/result.pt")
-    refused = [refusal(auto, folder, trust_remote_code=False), refusal(stock, folder), refusal(stock, folder, dtype="bfloat16")]
-    torch.save(refused, folder + "/refused.pt")
-"""
-
-
-def save(model, folder, name, **options):
-    """A folder of the model, with an input and the names of two classes beside it."""
-    stock = type(STOCK[name]()).__name__
-    model.save_pretrained(folder, **options)
-    torch.save((AUTO.get(name, AutoModelForCausalLM).__name__, stock, inputs(name)), Path(folder, "inputs.pt"))
+MODES = ({}, {"use_cache": False}, {"num_beams": 2}, {"cache_implementation": "static"})
 
 
 def rezero(name, **options):
@@ -98,34 +62,31 @@ def results(tmp_path_factory):
     models, folders = {}, {}
     for case, (name, make) in CASES.items():
         models[case], folders[case] = make(), tmp_path_factory.mktemp(case)
-        save(models[case], folders[case], name)
-    command = [sys.executable, "-c", WITHOUT, *map(str, folders.values())]
-    run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert run.returncode == 0, run.stderr[-3000:]
-    load = lambda case, file: torch.load(folders[case] / file)  # noqa: E731
-    return {case: (models[case], folders[case], load(case, "result.pt"), load(case, "refused.pt")) for case in CASES}
+        modes = MODES if name in DECODERS else ()
+        save(models[case], folders[case], AUTO.get(name, AutoModelForCausalLM), inputs(name), modes)
+    found = zip(CASES, answers(folders.values()), strict=True)
+    return {case: (models[case], folders[case], answer) for case, answer in found}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_without_this_library_the_logits_are_equal_to_the_bit(case, results):
-    model, _, result, _ = results[case]
+    model, _, answer = results[case]
     batch = inputs(CASES[case][0])
-    assert torch.equal(result["logits"], model(**batch).logits) and result["is_stock"] and result["again"]
+    assert torch.equal(answer["logits"], model(**batch).logits) and answer["is_stock"]
+    assert torch.equal(answer["logits_again"], answer["logits"])
     if CASES[case][0] in DECODERS:
-        cached, uncached, beams, static = result["texts"]
-        expected = model.generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=None)
+        cached, uncached, beams, static = answer["texts"]
+        expected = model.generate(**batch, **GREEDY)
         assert torch.equal(cached, expected) and torch.equal(uncached, expected) and torch.equal(static, expected)
-        assert torch.equal(
-            beams, model.generate(**batch, max_new_tokens=8, num_beams=2, do_sample=False, eos_token_id=None)
-        )
+        assert torch.equal(beams, model.generate(**batch, **GREEDY, num_beams=2))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_without_trust_it_is_refused_and_never_becomes_its_stock_class(case, results):
-    untrusted, stock, stock_in_half = results[case][3]
-    assert "trust_remote_code=True" in untrusted
-    assert "this model was rewritten with hf_rezero: load it through AutoModel" in stock
-    assert stock_in_half is not None
+    answer = results[case][2]
+    assert "trust_remote_code=True" in answer["without_trust"]
+    assert "this model was rewritten with hf_rezero: load it through AutoModel" in answer["as_stock"]
+    assert answer["as_stock_in_half"] != "loaded"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -137,7 +98,7 @@ def test_residual_weights_stay_in_fp32(case, results):
 
 @pytest.mark.parametrize("case", CASES)
 def test_with_this_library_automodel_needs_no_trust(case, results):
-    model, folder, _, _ = results[case]
+    model, folder, _ = results[case]
     name = CASES[case][0]
     loaded = AUTO.get(name, AutoModelForCausalLM).from_pretrained(folder).eval()
     assert type(loaded) is type(model) and isinstance(loaded, type(STOCK[name]()))
@@ -152,7 +113,7 @@ def test_the_stock_class_refuses_it_where_this_library_is(results):
 
 
 def test_other_heads_take_the_body_of_a_checkpoint(results):
-    model, folder, _, _ = results["rezero-llama"]
+    model, folder, _ = results["rezero-llama"]
     body = AutoModel.from_pretrained(folder).eval()
     stream = model(**inputs("llama"), output_hidden_states=True).hidden_states[-1]
     assert torch.equal(body(**inputs("llama")).last_hidden_state, stream)

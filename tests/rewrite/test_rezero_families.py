@@ -1,11 +1,13 @@
-"""`rezero_` on every family of the table: the identity at 0, other values at other gates, grown, pruned, and given back by AutoModel."""
+"""`rezero_` on every family of the table: the identity at 0, other values at other gates, trained, grown, pruned, and given back."""
+
+import math
 
 import pytest
 import torch
-from support.pruning_models import STOCK, ids_or_picture, stir, stock
-from transformers import ResNetConfig, ResNetForImageClassification
+from support.pruning_models import AUTO, FAMILIES, ids_or_picture, stir
+from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, ResNetConfig, ResNetForImageClassification
 
-from hf_rezero import grow_, rezero_
+from hf_rezero import ReZeroTrainer, grow_, rezero_
 from hf_rezero.pruning import find_groups, prune_
 from hf_rezero.structure.residual import residual_stacks
 
@@ -16,7 +18,7 @@ def example(name):
     return ids_or_picture(name, ids, torch.randn(2, 3, 8, 8, generator=generator))
 
 
-@pytest.fixture(params=STOCK)
+@pytest.fixture(params=FAMILIES)
 def name(request):
     return request.param
 
@@ -24,7 +26,7 @@ def name(request):
 @pytest.fixture
 def model(name):
     torch.manual_seed(0)
-    return stock(name).eval()
+    return FAMILIES[name]().eval()
 
 
 def results(model, batch):
@@ -59,6 +61,48 @@ def test_all_residual_weights_get_gradients(name, model):
     assert gradients and all(g is not None and g.abs() > 0 for g in gradients.values()), gradients
 
 
+NUM_ANSWERS = 4
+
+
+def lesson(name):
+    """Examples, one for each answer: the place that answers sees the question, a token or a picture, through layers alone."""
+    generator = torch.Generator().manual_seed(0)
+    return [question(name, answer, generator) for answer in range(NUM_ANSWERS)]
+
+
+def question(name, answer, generator):
+    if name == "vit":
+        return {"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": torch.tensor(answer)}
+    token = torch.tensor([answer + 5])
+    if name == "whisper":
+        return {"input_features": torch.randn(6, 14, generator=generator), "labels": token}
+    rest, unasked = torch.full((3,), 3), torch.full((3,), -100)
+    ids, labels = torch.cat([token, rest]), torch.cat([unasked, token])
+    if AUTO[name] is AutoModelForSeq2SeqLM:
+        return {"input_ids": ids, "labels": token}
+    if AUTO[name] is AutoModelForMaskedLM:
+        return {"input_ids": ids, "labels": labels}
+    return {
+        "input_ids": torch.cat([ids, token]),
+        "labels": torch.cat([unasked[:1], labels]),
+    }  # the label of a place is next
+
+
+def test_it_learns_under_the_trainer_through_its_residual_weights(name, model, arguments):
+    """Without layers all examples get one distribution, whose mean loss over the answers is at least the log of their number."""
+    rezero_(model)
+    examples = lesson(name)
+    batch = {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
+    least = math.log(NUM_ANSWERS)
+    assert model(**batch).loss >= least
+    ReZeroTrainer(model, arguments(max_steps=25, learning_rate=3e-2), train_dataset=examples).train()
+    assert model.eval()(**batch).loss < 0.5 * least
+    with torch.no_grad():
+        for resweight in (p for n, p in model.named_parameters() if n.endswith("resweight")):
+            resweight.zero_()
+    assert model(**batch).loss >= least - 1e-5
+
+
 @torch.no_grad()
 def test_grown_and_pruned_it_comes_back(name, model, tmp_path):
     batch = example(name)
@@ -73,7 +117,7 @@ def test_grown_and_pruned_it_comes_back(name, model, tmp_path):
     expected = model(**batch).logits
     assert not torch.equal(expected, before)
     model.save_pretrained(tmp_path)
-    again = STOCK[name][0].from_pretrained(tmp_path).eval()
+    again = AUTO[name].from_pretrained(tmp_path).eval()
     assert type(again) is type(model) and torch.equal(again(**batch).logits, expected)
 
 

@@ -179,7 +179,12 @@ STOCK = {
         "whisper",
         {**TWO_STACKS, **SPECIAL, "num_mel_bins": 6, "max_source_positions": 7},
     ),
-    "vit": (AutoModelForImageClassification, "vit", {**SIZES, "image_size": 8, "patch_size": 4}),
+    "vit": (AutoModelForImageClassification, "vit", {**SIZES, "image_size": 8, "patch_size": 4, "num_labels": 4}),
+}
+AUTO = {
+    **dict.fromkeys(("gpt2", "llama"), AutoModelForCausalLM),
+    **dict.fromkeys(("bert", "roberta", "distilbert"), AutoModelForMaskedLM),
+    **{name: auto_class for name, (auto_class, *_) in STOCK.items()},
 }
 
 
@@ -197,6 +202,7 @@ REZERO_IMAGE = {f.__name__: f for f in (rezero_resnet, rezero_bottleneck, plain_
 TEXT = {f.__name__: f for f in (rezero, rezero_gqa, gpt2, llama, bert, roberta, distilbert)}
 TEXT |= {name: partial(stock, name) for name in STOCK if name not in ("vit", "whisper")}
 OTHERS = {name: partial(stock, name) for name in ("vit", "whisper")}  # a Transformer that reads pictures, or sound
+FAMILIES = {name: (TEXT | OTHERS)[name] for name in AUTO}  # of Transformers, all that transformers has itself
 IMAGE = {f.__name__: f for f in (seed_net, resnet, bottleneck_resnet, residual_net)} | REZERO_IMAGE
 WITH_UNITS = [*TEXT, *(name for name in IMAGE if name != "rezero_mlp")]  # a fully connected net has whole layers only
 
