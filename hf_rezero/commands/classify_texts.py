@@ -23,7 +23,7 @@ from .. import ReZeroTrainer, ReZeroTrainingArguments
 from . import summary
 from .entry import run_command
 from .labels import Labels, has_labels, labels_of, with_metric, with_names_of
-from .lora import AdaptedModelArguments, with_adapters
+from .lora import AdaptedModelArguments, check_adapters, with_adapters
 from .rows import (
     RowArguments,
     check_filled,
@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         (TextClassifierArguments, DataArguments, ReZeroTrainingArguments), summary(__doc__), argv
     )
     check_purpose(training_args, model_args)
+    check_adapters(model_args, training_args)
     checkpoint = check_output_dir(training_args)
     set_seed(training_args.seed)
     tokenizer = classifying_tokenizer(model_args, data_args.max_seq_length)

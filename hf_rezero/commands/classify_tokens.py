@@ -28,7 +28,7 @@ from . import summary
 from .classify_texts import TextClassifierArguments
 from .entry import run_command
 from .labels import IGNORED, Tags, has_labels, items_of, tags_of, with_metric, with_names_of
-from .lora import with_adapters
+from .lora import check_adapters, with_adapters
 from .rows import (
     RowArguments,
     check_filled,
@@ -83,6 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         (TextClassifierArguments, DataArguments, ReZeroTrainingArguments), summary(__doc__), argv
     )
     check_purpose(training_args, model_args)
+    check_adapters(model_args, training_args)
     check_metric(data_args)
     checkpoint = check_output_dir(training_args)
     set_seed(training_args.seed)

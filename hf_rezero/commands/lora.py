@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..diagnostics.resweights import blocked_branches
+from ..trainer.arguments import ReZeroTrainingArguments
 from .running import TextModelArguments
 
 
@@ -26,6 +27,19 @@ class AdaptedModelArguments(TextModelArguments):
     lora_modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules that are trained in full, such as residuals.layer of a ReZero model."}
     )
+
+
+def check_adapters(args: AdaptedModelArguments, training_args: ReZeroTrainingArguments) -> None:
+    """Refuse to prune while adapters are trained: they change no weight, and the masks would have to cut them too.
+
+    Raises:
+        ValueError: Both are asked for.
+    """
+    if args.lora_r and training_args.prune_method:
+        raise ValueError(
+            f"got --lora_r {args.lora_r} and --prune_method {training_args.prune_method}: train adapters of a model that "
+            f"was pruned, or merge the adapters into the weights, `merge_and_unload()` of PEFT, and prune what was saved."
+        )
 
 
 def with_adapters(model: PreTrainedModel, args: AdaptedModelArguments, task: str | None) -> Any:

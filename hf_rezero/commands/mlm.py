@@ -22,7 +22,7 @@ from ..data.streams import MaskedStream
 from ..data.windows import collate_bytes
 from . import summary
 from .entry import run_command
-from .lora import AdaptedModelArguments, with_adapters
+from .lora import AdaptedModelArguments, check_adapters, with_adapters
 from .running import (
     check_output_dir,
     check_purpose,
@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         (AdaptedModelArguments, MaskedDataArguments, ReZeroTrainingArguments), summary(__doc__), argv
     )
     check_purpose(training_args, model_args)
+    check_adapters(model_args, training_args)
     checkpoint = check_output_dir(training_args)
     set_seed(training_args.seed)
     tokenizer = choose_tokenizer(model_args, data_args.block_size)

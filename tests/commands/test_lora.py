@@ -1,11 +1,13 @@
 """`--lora_r` trains adapters and leaves the weights alone; gates of 0, which would block them, are refused."""
 
+import json
 import shutil
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.launch import run_command
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM
@@ -48,8 +50,10 @@ def gpt2(tmp_path):
 def rezero(tmp_path):
     def save(resweight):
         config = ReZeroConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, resweight_init=resweight)
-        ReZeroForCausalLM(config).save_pretrained(tmp_path / f"rezero-{resweight}")
-        return tmp_path / f"rezero-{resweight}"
+        path = tmp_path / f"rezero-{resweight}"
+        if not path.exists():
+            ReZeroForCausalLM(config).save_pretrained(path)
+        return path
 
     return save
 
@@ -89,3 +93,36 @@ def test_gradinit_of_trained_weights_is_refused(text, gpt2, tmp_path):
         ValueError, match="GradInit finds the scales that new weights start from, and those of .* trained"
     ):
         clm.main(arguments(text, gpt2, tmp_path / "run", gradinit_steps=5))
+
+
+def test_pruning_while_adapters_train_is_refused_at_once_and_a_merged_model_is_pruned(text, rezero, tmp_path):
+    masks = {"prune_method": "l1", "prune_target_sparsity": 0.3, "weight_decay": 0.1}
+    with pytest.raises(
+        ValueError, match="got --lora_r 4 and --prune_method l1: train adapters of a model that was pruned"
+    ):
+        clm.main(arguments(text, rezero(0.5), tmp_path / "run", **masks))
+    clm.main(arguments(text, rezero(0.5), tmp_path / "run", max_steps=5, do_eval=None))
+    merged = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    clm.main(arguments(text, tmp_path / "merged", tmp_path / "pruned", lora_r=0, **masks))
+    sizes = [
+        sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / n).parameters())
+        for n in ("merged", "pruned")
+    ]
+    assert sizes[1] < sizes[0]
+
+
+@pytest.mark.slow
+def test_adapters_of_two_processes_learn_what_those_of_one_learn(text, rezero, tmp_path):
+    """With the same batches the gradients are sums of the same terms, in another order."""
+    options = {"max_steps": 10, "weight_decay": 0.1}
+    clm.main(arguments(text, rezero(0.5), tmp_path / "one", per_device_train_batch_size=4, **options))
+    both = arguments(text, rezero(0.5), tmp_path / "two", per_device_train_batch_size=2, ddp_backend="gloo", **options)
+    run_command("clm", *both, processes=2)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+    assert any(value.abs().max() > 1e-3 for name, value in one.items() if "lora_B" in name)  # they start from 0
+    one, two = (json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("one", "two"))
+    assert two["eval_bpb"] == pytest.approx(one["eval_bpb"], rel=1e-5)

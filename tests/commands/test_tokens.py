@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.launch import run_command
+from support.launch import run_command, run_workers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_rezero.commands import clm, mlm, tokenizer
@@ -231,6 +231,67 @@ def test_a_stream_trains_and_resumes_to_the_same_weights(folder, tmp_path, maske
             )
         )
         assert kept["eval_bpb"] == pytest.approx(whole["eval_bpb"], rel=1e-6)
+
+
+READS_A_STREAM = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from hf_rezero import ReZeroTrainer
+from hf_rezero.commands import clm
+
+torch.set_num_threads(1)
+folder, seen = Path(sys.argv[1]), []
+arguments, dies = json.loads((folder / "arguments.json").read_text())
+save, step = torch.save, ReZeroTrainer.training_step
+
+def dying(value, file, **options):
+    return os.kill(os.getpid(), signal.SIGKILL) if "checkpoint-50" in str(file) else save(value, file, **options)
+
+def recording(self, model, inputs, *others):
+    seen.append(inputs["input_ids"].clone())
+    return step(self, model, inputs, *others)
+
+torch.save = dying if dies else save
+ReZeroTrainer.training_step = recording
+clm.main(arguments)
+save(torch.stack(seen), folder / f"seen-{os.environ['RANK']}.pt")
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_different_documents_and_a_killed_stream_ends_with_the_same_weights(folder, tmp_path):
+    rows = {"train_file": None, "dataset_name": folder / "rows", "text_column_name": "passage", "do_eval": True}
+    options = {**rows, "streaming": True, "shuffle_buffer_size": 7, "max_steps": 60, "save_steps": 25}
+    options |= {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+
+    def run(name, dies=False, **more):
+        command = arguments(folder, tmp_path / name / "run", **options, **more)
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "arguments.json").write_text(json.dumps([command, dies]))
+        run_workers(READS_A_STREAM, tmp_path / name, processes=2, succeeds=not dies)
+
+    run("whole")
+    args = DataArguments(str(folder / "rows"), text_column_name="passage", block_size=16, shuffle_buffer_size=7)
+    stream = open_stream(
+        args, ModelArguments(cache_dir=str(tmp_path)), AutoTokenizer.from_pretrained(folder / "bpe"), 42
+    )
+    windows = torch.stack([window["input_ids"] for window in islice(stream, 60 * 4)]).view(60, 4, 16)
+    first, second = (torch.load(tmp_path / "whole" / f"seen-{rank}.pt") for rank in (0, 1))
+    assert torch.equal(torch.cat([first, second], 1), windows)
+
+    evaluate = {**rows, "do_train": None, "config_overrides": None, "model_name_or_path": tmp_path / "whole" / "run"}
+    alone = clm.main(arguments(folder, tmp_path / "alone", **evaluate))
+    whole = json.loads((tmp_path / "whole" / "run" / "all_results.json").read_text())
+    assert whole["eval_bpb"] == pytest.approx(alone["eval_bpb"], rel=1e-6)
+
+    run("killed", dies=True)
+    assert (tmp_path / "killed" / "run" / "checkpoint-25").exists()
+    assert not (tmp_path / "killed" / "run" / "model.safetensors").exists()
+    run("killed", resume_from_checkpoint="true")
+    one, two = (load_file(tmp_path / name / "run" / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_the_buffer_shuffles_and_the_seed_says_how(folder, tmp_path):
