@@ -1,5 +1,6 @@
 """`scripts/reproduce/pruning/pruning_curve.py`: a run in small from end to end, and its parts."""
 
+import argparse
 import json
 import sys
 
@@ -42,6 +43,7 @@ def test_a_run_leaves_results_and_a_figure_and_a_second_one_has_nothing_to_do(fi
     methods = {t: {key.split(" | ")[1] for key in results["runs"] if key.startswith(t)} for t in results["tasks"]}
     assert methods["images"] == {"unpruned", *pruning_curve.LEARNED, *pruning_curve.SCORED, *SCRATCH}
     assert {"unpruned", "L1", "L0", "first k", "APoZ", "L1 from scratch"} <= methods["text"]
+    assert {"L1, taught", "magnitude, taught", "L1 from scratch, taught"} <= methods["text"]
     assert {"unpruned", "L1", "L0", "first k", "magnitude"} <= methods["depth"]
     assert results["verdicts"]["images"] and all("holds" in v for v in results["verdicts"]["images"].values())
     assert (folder / "pruning_curve.png").stat().st_size > 10_000
@@ -58,11 +60,27 @@ def test_what_is_removed_is_counted_in_the_net_that_is_left(finished):
         whole = results["base"][f"{task} | {seed}"]["parameters"]
         assert run["removed"] == pytest.approx(1 - run["parameters"] / whole, abs=1e-4)
         assert run["parameters"] < whole or method not in pruning_curve.SCORED
-        assert run["parameters"] == results["runs"][key.replace(" from scratch", "")]["parameters"]
+        assert (
+            run["parameters"]
+            == results["runs"][key.replace(" from scratch, taught", "").replace(" from scratch", "")]["parameters"]
+        )
     run = results["runs"]["images | first k | 0.5 | seed=0"]
     a, b, c, d, e = (run["kept"][name] for name in ("0", "2", "5", "7", "12"))
     weights = 3 * 9 * a + 9 * a * b + 9 * b * c + 9 * c * d + 16 * d * e + e * 10
     assert run["parameters"] == weights + a + b + c + d + e + 10
+
+
+def test_the_taught_learn_half_from_the_labels_and_half_from_the_net(finished):
+    folder, _ = finished
+    args = argparse.Namespace(train_file=folder / "text.txt")
+    torch.manual_seed(0)
+    data = Text(args, 2, hidden_size=16, num_attention_heads=2, num_hidden_layers=1, resweight_init=0.5)
+    model, teacher, rows = data.model(), data.model(), np.arange(2)
+    torch.testing.assert_close(data.taught(model, model, rows), data.loss(model, rows) / 2)
+    ids = data.batch(rows)["input_ids"]
+    q, p = ((net(ids).logits[:, :-1] / 2).softmax(-1) for net in (teacher, model))
+    distance = 4 * (q * (q / p).log()).sum(-1).mean()
+    torch.testing.assert_close(data.taught(teacher, model, rows), (data.loss(model, rows) + distance) / 2)
 
 
 def record(removed, quality):

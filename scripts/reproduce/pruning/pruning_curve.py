@@ -11,7 +11,7 @@ A net is trained, and all methods start from it and have as many further steps, 
 half of them, scored nets are cut at once and train on. What is "from scratch" has the sizes that a method ended with and
 trains for all steps that the method has seen, those of the net included. The learning rate is constant and falls linearly
 to 0 over the last 40 % of the steps, of the net and again of the budget. "removed" counts parameters of the whole net.
-`unpruned` is the net with the budget and nothing removed.
+What is "taught" learns from the trained net too, in all of its steps: soft targets with weight 0.5 at temperature 2. `unpruned` is the net with the budget and nothing removed.
 
 Results are written after every run, and a repeated call goes on where it stopped. Nothing was tuned by the test set but
 the strengths of the masks, which only place the points along the axis.
@@ -40,6 +40,7 @@ from hf_rezero import ReZeroConfig, ReZeroForCausalLM, load_corpus, param_groups
 from hf_rezero.data.windows import ByteDataset, collate_bytes, evaluation_windows
 from hf_rezero.picture import Picture, ink, label_lines
 from hf_rezero.pruning import Masks, PruningGroup, attach_masks, find_groups, prune_, remove_pruned_, select
+from hf_rezero.trainer.distillation import predicted, soft_target_loss
 
 
 SPARSITIES = (0.3, 0.5, 0.6, 0.75, 0.9)
@@ -61,7 +62,11 @@ LOOKS |= {
     "L1 from scratch": ("C2", "none"),
     "first k from scratch": ("C4", "none"),
     "unpruned from scratch": ("none", "none"),
+    "L1, taught": ("C2", ":"),
+    "magnitude, taught": ("C0", ":"),
+    "L1 from scratch, taught": ("C6", "none"),
 }
+TAUGHT, TEACHER_WEIGHT, TEMPERATURE = ", taught", 0.5, 2.0
 
 
 # --- data and models
@@ -146,6 +151,16 @@ class Text:
         """Mean over the bytes of a batch, in nats."""
         return model(**self.batch(rows)).loss
 
+    def taught(self, teacher: nn.Module, model: nn.Module, rows: np.ndarray) -> Tensor:
+        """(1 - w) H + w T^2 D, with the divergence D from the teacher's next bytes."""
+        batch = self.batch(rows)
+        output = model(**batch)
+        with torch.no_grad():
+            target = teacher(batch["input_ids"]).logits
+        own, other = (predicted(logits, batch["labels"], True) for logits in (output.logits, target))
+        distance = soft_target_loss(own, other, TEMPERATURE).mean()
+        return (1 - TEACHER_WEIGHT) * output.loss + TEACHER_WEIGHT * distance
+
     def prepare_step(self, model: nn.Module) -> None:
         """Clip the gradients of the weights."""
         weights = [p for name, p in model.named_parameters() if not name.startswith("pruning_masks")]
@@ -207,7 +222,8 @@ def tasks(args: argparse.Namespace) -> dict[str, Task]:
     images |= dict.fromkeys(("Taylor", "random"), SPARSITIES) | {"unpruned from scratch": (0.0,)}
     text = {"unpruned": (0.0,), "L1": (5e-5, 2e-4, 6e-4, 2e-3, 6e-3), "L0": SPARSITIES, "first k": SPARSITIES}
     text |= {"magnitude": few, "L1 from scratch": text["L1"][1::2], "APoZ": few, "Taylor": few}
-    text |= {"unpruned from scratch": (0.0,)}
+    text |= {"unpruned from scratch": (0.0,), "L1, taught": text["L1"][1:4], "magnitude, taught": few}
+    text |= {"L1 from scratch, taught": text["L1"][1::2]}
     depth = {"unpruned": (0.0,), "L1": (2e-3, 1e-2, 4e-2), "L0": few, "first k": few, "magnitude": few}
     depth |= {"L1 from scratch": depth["L1"][1:2]}
     once = (
@@ -260,14 +276,24 @@ def some_rows(task: Task, rng: np.random.Generator) -> list[np.ndarray]:
     return [next(source) for _ in range(SCORE_BATCHES)]
 
 
-def train(task: Task, model: nn.Module, steps: range, total: int, rng, optimizers=None, masks: Masks | None = None):
+def train(
+    task: Task,
+    model: nn.Module,
+    steps: range,
+    total: int,
+    rng,
+    optimizers=None,
+    masks: Masks | None = None,
+    teacher=None,
+):
     """Some of `total` steps; the learning rate of the weights falls over the last 40 % of them."""
+    loss_of = task.data.loss if teacher is None else partial(task.data.taught, teacher)
     optimizers = optimizers or [task.data.optimizer(model)]
     model.train()
     for step, rows in zip(steps, row_batches(task, rng), strict=False):
         for group in optimizers[0].param_groups:
             group["lr"] = task.data.learning_rate * min(1.0, (total - step) / (0.4 * total))
-        loss = task.data.loss(model, rows)
+        loss = loss_of(model, rows)
         (loss if masks is None else loss + masks.penalty()).backward()
         task.data.prepare_step(model)
         if masks is not None:
@@ -304,7 +330,7 @@ def base(task: Task, name: str, seed: int, folder: Path) -> nn.Module:
     return model
 
 
-def cut_by_masks(task: Task, model: nn.Module, method: str, setting: float, rng, steps: range) -> dict:
+def cut_by_masks(task: Task, model: nn.Module, method: str, setting: float, rng, steps: range, teacher) -> dict:
     """Learn masks for these steps and remove what they close."""
     kind, rate, option, options = LEARNED[method]
     optimizers = [task.data.optimizer(model)]  # before the model has masks, which have a rate of their own
@@ -315,7 +341,7 @@ def cut_by_masks(task: Task, model: nn.Module, method: str, setting: float, rng,
         options["warmup_steps"] = len(steps) // 2
     masks = attach_masks(model, find_groups(model, task.targets), kind, module_costs=task.charge, **options)
     optimizers.append(torch.optim.Adam(masks.parameters(), rate))
-    train(task, model, steps, task.budget, rng, optimizers, masks)
+    train(task, model, steps, task.budget, rng, optimizers, masks, teacher)
     report = remove_pruned_(model, masks, batch=task.data.batch(np.arange(8)))
     kept = {name: len(units) for name, units in report.kept.items()}
     difference = float(f"{report.max_difference:.1e}")
@@ -342,17 +368,18 @@ def run(task: Task, method: str, setting: float, seed: int, model: nn.Module, ke
     start, before = time.perf_counter(), count(model)
     torch.manual_seed(1000 + seed)
     rng, half, steps = np.random.default_rng(1000 + seed), task.budget // 2, range(task.budget)
-    record: dict = {}
-    if method in LEARNED:
-        record |= cut_by_masks(task, model, method, setting, rng, steps[:half])
+    record, teacher = {}, deepcopy(model).eval() if method.endswith(TAUGHT) else None
+    how = method.removesuffix(TAUGHT)
+    if how in LEARNED:
+        record |= cut_by_masks(task, model, how, setting, rng, steps[:half], teacher)
         steps = steps[half:]
-    elif method in SCORED:
-        record |= cut_by_scores(task, model, method, setting, rng)
+    elif how in SCORED:
+        record |= cut_by_scores(task, model, how, setting, rng)
     elif kept is not None:
         cut_and_forget(task, model, kept)
         steps = range(task.base_steps + task.budget)
     record["after_removal"] = quality(task, model)
-    train(task, model, steps, steps.stop, rng)
+    train(task, model, steps, steps.stop, rng, teacher=teacher)
     sizes = {"parameters": count(model), "removed": round(1 - count(model) / before, 4)}
     return sizes | record | {"quality": quality(task, model), "seconds": round(time.perf_counter() - start, 1)}
 
@@ -381,10 +408,11 @@ def run_seed(args: argparse.Namespace, results: dict, name: str, task: Task, see
     for method, settings in task.methods.items():
         for setting in settings if not seed or method not in task.first_seed_only else ():
             key = f"{name} | {method} | {setting:g} | seed={seed}"
-            source = results["runs"].get(key.replace(" from scratch", ""))
-            if key in results["runs"] or method.endswith("scratch") and source is None:
+            scratch = " from scratch" in method
+            source = results["runs"].get(key.replace(" from scratch", "").replace(TAUGHT, ""))
+            if key in results["runs"] or scratch and source is None:
                 continue
-            kept = source.get("kept", {}) if method.endswith("scratch") else None
+            kept = source.get("kept", {}) if scratch else None
             once(args.output, results, key, partial(run, task, method, setting, seed, deepcopy(trained), kept))
 
 
@@ -524,7 +552,7 @@ def draw(results: dict) -> Picture:
         band = [*bases, *curve(results, name, "unpruned")[:, 1]]
         lines["unpruned"] = axes.axhspan(min(band), max(band), color="C0", alpha=0.25, label="unpruned")
         for method, (color, style) in LOOKS.items():
-            rows, scratch = curve(results, name, method), method.endswith("scratch")
+            rows, scratch = curve(results, name, method), "scratch" in method
             if len(rows):
                 look = (
                     {"linestyle": "none", "marker": "^", "ms": 6, "mec": ink()}
@@ -548,8 +576,7 @@ TABLES = {"pruning_curve_images": images_table, "pruning_curve_text": text_table
 
 def main() -> None:
     """Run the comparison, write the result file with its verdicts, and the figure."""
-    scratch = tuple(f"{method} from scratch" for method in ("unpruned", "L1", "first k"))
-    methods = ("unpruned", *LEARNED, *SCORED, *scratch)
+    methods = ("unpruned", *LOOKS)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train_file", default="python-stdlib", help="corpus: a file or a name of load_corpus")
     parser.add_argument("--image_file", required=True, help=HELP)
