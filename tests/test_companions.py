@@ -1,9 +1,10 @@
-"""What people use beside the Trainer: optuna, TRL, TensorBoard, lm-evaluation-harness, early stopping.
+"""What people use beside the Trainer: optuna, TRL, TensorBoard, W&B, lm-evaluation-harness, early stopping.
 
 The packages are in the extra `companions`; without one its test is skipped.
 """
 
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from hf_rezero.data import ByteDataset, collate_bytes, evaluation_windows, train
 
 TEXT = np.frombuffer(b"to be or not to be, that is the question. " * 60, np.uint8)
 SENTENCES = ["the rain in Spain falls mainly on the plain. " * 3] * 50
+SHOWN = {"eval/bpb": "eval_bpb", "train/resweight_mean_abs": "resweight_mean_abs"}
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "resweight_init": 0.5}
 
 
@@ -66,10 +68,41 @@ def test_tensorboard_shows_bits_per_byte_and_residual_weights(tmp_path):
     (file,) = (tmp_path / "run").rglob("events*")
     events = EventAccumulator(str(file.parent))
     events.Reload()
-    logged = {"eval/bpb": "eval_bpb", "train/resweight_mean_abs": "resweight_mean_abs"}
-    for tag, name in logged.items():
+    for tag, name in SHOWN.items():
         expected = [entry[name] for entry in trainer.state.log_history if name in entry]
         assert [event.value for event in events.Scalars(tag)] == pytest.approx(expected, rel=1e-6) and expected
+
+
+def records(data):
+    """The records of an offline run of W&B: LevelDB's log format, 7 bytes of its own in front."""
+    position, record = 7, b""
+    while position + 7 <= len(data):
+        size, kind = struct.unpack_from("<HB", data, position + 4)  # behind a checksum
+        record += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+        left = 32768 - position % 32768
+        position += left if left < 7 else 0  # no header crosses the end of a block
+
+
+def test_wandb_shows_bits_per_byte_and_residual_weights(tmp_path, monkeypatch):
+    wandb = installed("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    trainer = make_trainer(tmp_path / "run", report_to=["wandb"], logging_steps=2)
+    trainer.train()
+    wandb.finish()
+    wandb.teardown()  # waits for the process that writes the file
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    rows = [Record.FromString(record).history.item for record in records(file.read_bytes())]
+    rows = [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
+    for tag, name in SHOWN.items():
+        expected = [entry[name] for entry in trainer.state.log_history if name in entry]
+        assert [row[tag] for row in rows if tag in row] == pytest.approx(expected) and expected
 
 
 def test_early_stopping_ends_a_run_that_gets_no_better(tmp_path):

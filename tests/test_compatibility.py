@@ -307,6 +307,20 @@ def ask(port, folder):
     raise TimeoutError("the server does not answer")
 
 
+def test_transformers_serve_alone_does_not_find_the_class_of_a_folder_even_where_it_trusts_its_code(
+    make_model, tmp_path
+):
+    """Where a release finds it, the launcher of docs/compatibility.md can go."""
+    pytest.importorskip("fastapi", reason="transformers serve needs fastapi, uvicorn and openai")
+    from transformers.cli.serving.model_manager import ModelManager
+
+    make_model().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    manager = ModelManager(device="cpu", trust_remote_code=True)
+    with pytest.raises(AttributeError, match="module transformers has no attribute ReZeroForCausalLM"):
+        manager.load_model_and_processor(manager.process_model_name(str(tmp_path)))
+
+
 def test_the_documented_launcher_serves_a_model(make_model, tmp_path):
     pytest.importorskip("fastapi", reason="transformers serve needs fastapi, uvicorn and openai")
     model, tokenizer = make_model(initializer_range=1.0), byte_tokenizer()
