@@ -490,6 +490,7 @@ def _config_init(self, **kwargs):
     type(self).original.__init__(self, **kwargs)
 
 
+@cache
 def _classes(auto: type, config_class: type) -> tuple[type, ...]:
     """What an Auto class makes of a config: one class, as a rule; none that has another config, as one of Qwen2 has."""
     found = auto._model_mapping.get(config_class, ())  # which, unlike its keys, imports no other family

@@ -13,7 +13,7 @@ import torch
 from common import byte_lm, curves, equal_models, timing
 from hf_rezero import ReZeroTrainer
 from rezero import convergence, depth, norm_gap, recipe
-from speed import compiled_speed, generation_speed, gpu, import_time, model_speed, training_profile
+from speed import compiled_speed, generation_speed, gpu, import_time, model_speed, rewrite_speed, training_profile
 
 
 @pytest.fixture
@@ -249,6 +249,32 @@ def test_compiled_layers_are_timed_against_eager_ones(monkeypatch, tmp_path, sma
         assert found["speeds"]["GPT-2 | eager"]["speed"] == 1 and found["start"]["compiled"]["gigabytes"] > 0
     rows = compiled_speed.table(results)
     assert len(rows) == 5 and len({len(row) for row in rows}) == 1
+
+
+def test_rewritten_models_are_timed_against_stock_ones(monkeypatch, tmp_path, small_sizes):
+    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    monkeypatch.setattr(rewrite_speed, "LLAMA", {**rewrite_speed.LLAMA, **tiny, "intermediate_size": 24})
+    monkeypatch.setattr(rewrite_speed, "SIZE", small_sizes)
+    monkeypatch.setattr(rewrite_speed, "in_fresh_processes", in_this_process)
+    words = ["--output", str(tmp_path / "o.json"), "--rounds", "1", "--processes", "1"]
+    results = run(rewrite_speed, monkeypatch, words)["results"]
+    for family in rewrite_speed.FAMILIES:
+        for measure in rewrite_speed.MEASURES.values():
+            found = results[f"{measure}, {family}"]
+            assert set(found) == set(rewrite_speed.REWRITES) and found["stock"]["speed"] == 1
+    assert set(results["surgery"]) == set(rewrite_speed.SURGERY) and min(results["surgery"].values()) > 0
+    assert set(results["loading"]) == {*rewrite_speed.REWRITES, "cut"}
+    rows = rewrite_speed.table({"results": results})
+    assert len(rows) == 1 + 4 * 2 + 3 + 3 and len({len(row) for row in rows}) == 1
+
+
+def test_the_arms_differ_in_residual_weights_and_norms_alone():
+    kinds = {}
+    for arm in rewrite_speed.REWRITES:
+        model = rewrite_speed.rewritten(equal_models.builders(2, 32, 2, 16)["Llama"](), arm)
+        names = [name for name, _ in model.named_parameters()]
+        kinds[arm] = (sum(n.endswith("resweight") for n in names), sum("norm" in n for n in names), len(names))
+    assert list(kinds.values()) == [(0, 5, 21), (4, 5, 25), (4, 0, 20)]
 
 
 def test_every_figure_of_a_device_is_made_on_a_cpu_in_small(monkeypatch, tmp_path, small_sizes):
