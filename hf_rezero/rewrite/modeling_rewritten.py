@@ -332,6 +332,14 @@ class Rewritten:
             return False
         return any(module is part for child in self.children() if child is not base for part in child.modules())
 
+    def set_attn_implementation(self, *args, **kwargs):
+        """As in transformers, also for modules with a config of their own, such as a pruned attention of Phi-3."""
+        super().set_attn_implementation(*args, **kwargs)
+        for name in Record.of(self.config).numbers:
+            config = vars(self.base_model.get_submodule(name)).get("config")
+            if config is not None:
+                config._attn_implementation_internal = self.config._attn_implementation
+
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
         """As in transformers; the names are those of the modules, never those of an older release."""
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
@@ -344,7 +352,7 @@ class Rewritten:
 
         Raises:
             ValueError: Weights of the layers are missing, not expected, or of other shapes; or the weights were to be
-                quantised on the way, where a residual weight would be lost.
+                quantised on the way, where a residual weight would be lost, or split by tensor parallelism.
             RuntimeError: A head or a token table has another shape, and `ignore_mismatched_sizes` is not given.
         """
         model, loading = super().from_pretrained(
@@ -362,6 +370,11 @@ def check_weights(model: PreTrainedModel, loading: Mapping[str, Any], ignore_mis
         ValueError: See `Rewritten.from_pretrained`.
     """
     record, modules = Record.of(model.config), dict(model.base_model.named_modules())
+    if record.gates and (model.tp_size or 1) > 1:
+        raise ValueError(
+            f"{type(model).__name__} has residual weights inside of projections, which tensor parallelism splits: load it "
+            f"whole on each process, or what fold_resweight_ makes of it."
+        )
     lost = [name for name in record.gates if not isinstance(modules.get(name), Gated)]
     if lost:
         raise ValueError(

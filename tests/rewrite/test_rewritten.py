@@ -7,6 +7,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
+from support.pruning_models import build
 from support.stock_models import DECODERS, STOCK, inputs, stir
 from support.without_library import GREEDY, answers, save
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
+    PreTrainedModel,
     pipeline,
 )
 
@@ -212,6 +214,22 @@ def test_pruned_models_of_transformers_load_through_automodel_and_load_pruned(tm
     assert torch.equal(old(**inputs("llama")).logits, model(**inputs("llama")).logits)
 
 
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_another_attention_reaches_the_heads_that_were_pruned_of_a_fused_projection(reloaded, tmp_path):
+    """Those of Phi-3 keep a config of their own, which counts their heads."""
+    model, batch = build("phi3", torch.float32)
+    model.set_attn_implementation("eager")
+    heads = find_groups(model, ["heads"])
+    prune_(model, heads, {group.name: torch.arange(1, group.num_units) for group in heads})
+    before = model(**batch).logits
+    if reloaded:
+        model.save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(model(**batch).logits, before)
+    assert all(weights is None for weights in model(**batch, output_attentions=True).attentions)  # eager gives them
+
+
 def test_a_pipeline_reads_the_folder(tmp_path):
     rezero("llama").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
@@ -282,6 +300,14 @@ def test_no_record(folder):
         AutoModelForCausalLM.from_pretrained(folder)
     edit_config(folder, original_config_class="NoConfig")
     with pytest.raises(ValueError, match="original_config_class='NoConfig' is no config of transformers"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_residual_weights_are_not_split_over_ranks(folder, monkeypatch):
+    monkeypatch.setattr(
+        PreTrainedModel, "tp_size", 2
+    )  # as transformers sets it for `tp_plan` and `distributed_config`
+    with pytest.raises(ValueError, match="inside of projections, which tensor parallelism splits"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

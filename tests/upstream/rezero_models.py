@@ -309,7 +309,7 @@ def rewritten(*stock: type) -> tuple[type, ...]:
 
 
 @leave_out
-class RewrittenLlamaTest(RewrittenTests, unittest.TestCase):
+class RewrittenLlamaTest(RewrittenTests, TrainingTesterMixin, unittest.TestCase):
     all_model_classes = rewritten(
         LlamaModel, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
     )
@@ -317,9 +317,10 @@ class RewrittenLlamaTest(RewrittenTests, unittest.TestCase):
 
 
 @leave_out
-class RewrittenGPT2Test(RewrittenTests, unittest.TestCase):
+class RewrittenGPT2Test(RewrittenTests, TrainingTesterMixin, unittest.TestCase):
     all_model_classes = rewritten(GPT2Model, GPT2LMHeadModel, GPT2ForSequenceClassification)
     model_tester = RewrittenModels(GPT2Config, GPT2LMHeadModel)
+    training_overfit_steps = 600  # with dropout
 
 
 @leave_out
