@@ -13,7 +13,16 @@ import torch
 from common import byte_lm, curves, equal_models, timing
 from hf_rezero import ReZeroTrainer
 from rezero import convergence, depth, norm_gap, recipe
-from speed import compiled_speed, generation_speed, gpu, import_time, model_speed, rewrite_speed, training_profile
+from speed import (
+    compiled_speed,
+    data_speed,
+    generation_speed,
+    gpu,
+    import_time,
+    model_speed,
+    rewrite_speed,
+    training_profile,
+)
 
 
 @pytest.fixture
@@ -42,6 +51,32 @@ def test_every_rule_trains_and_is_timed(words, monkeypatch):
     assert results["best"]["ReZero, w = 0"]["mean"] < 4 and all(
         best["mean"] > 2.9 for best in results["best"].values()
     )
+
+
+def test_bytes_and_token_ids_are_read_and_a_text_is_tokenized(words, monkeypatch, tmp_path):
+    """The last rows are not in older result files, which are shown as before."""
+    out = words[words.index("--output") :]
+    sizes = {"file": tmp_path / "text.txt", "block_size": 16, "batch_size": 4, "rounds": 2, "per_item_bytes": 2000}
+    sizes |= {"tokenizer_bytes": 500, "token_bytes": 5000, "bpe_bytes": 4000, "vocab_size": 280}
+    results = run(data_speed, monkeypatch, [word for n, v in sizes.items() for word in (f"--{n}", str(v))] + out)
+    assert all(len(speeds) == 2 for speeds in results["rounds"].values()) and results["median"]["gathered"] > 0
+    assert list(results["median"])[3:] == list(data_speed.IN_WORDS)
+    rows = data_speed.table(results)
+    assert [row[0] for row in rows[1:4]] == ["gathered", "per item", "tokenizer"] and len(rows) == 7
+    old = {"median": {name: results["median"][name] for name in ("gathered", "per item", "tokenizer")}}
+    assert data_speed.table(old) == rows[:4]
+
+
+def test_the_bytes_that_a_path_reads_are_those_of_its_windows(tmp_path):
+    ids = data_speed.repeated(np.arange(7, dtype=np.uint16), 100, tmp_path / "ids.npy")
+    assert ids.tolist() == [n % 7 for n in range(50)] and isinstance(ids, np.memmap)
+    windows = data_speed.ByteDataset(ids, 8)
+    assert data_speed.batches(windows, data_speed.collate_bytes, 4) == len(windows) * 8 * 2 and len(windows) >= 5
+    text = np.frombuffer(b"a text of two words. " * 9, np.uint8)
+    timed = {"read": lambda: 3_000_000}
+    assert [len(speeds) for speeds in data_speed.measure(timed, 2).values()] == [2]
+    encoder = data_speed.Encoder(data_speed.train_bpe(text, 270))
+    assert data_speed.library(encoder, text) == len(text)
 
 
 def test_depths_are_compared_and_a_second_run_has_nothing_to_do(words, monkeypatch):
