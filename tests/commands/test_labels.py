@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 from transformers import (
     AutoConfig,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
 )
 
 from hf_rezero import byte_tokenizer
-from hf_rezero.commands import classify_texts
+from hf_rezero.commands import classify_texts, mlm
 from hf_rezero.commands.labels import Numbers, Sets
 from hf_rezero.data import train_bpe
 
@@ -166,3 +169,32 @@ def test_scores_are_those_of_their_definitions():
     answers, right = np.array([[1, 0, 1], [0, 0, 0], [1, 1, 0]]), np.array([[1, 0, 1], [0, 1, 0], [1, 0, 0]])
     # 3 right ones, 1 too many, 1 missing
     assert Sets(["a", "b", "c"]).score(answers, right) == {"accuracy": pytest.approx(1 / 3), "f1": 0.75}
+
+
+@pytest.mark.parametrize("kind", ["classify-texts", "mlm"])
+def test_an_encoder_without_head_is_continued_pruned_and_loaded_by_auto_model(tmp_path, kind):
+    """Packages of embeddings ship such: a `BertModel` with its tokenizer."""
+    tokenizer = train_bpe(["good bad film"] * 9, 290)
+    tokenizer.save_pretrained(tmp_path / "bert")
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    config = BertConfig(vocab_size=290, max_position_embeddings=24, pad_token_id=tokenizer.pad_token_id, **shape)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    words = [("good", "bad")[n % 2] for n in range(400)]
+    write(tmp_path, [{"sentence": f"{word} film", "text": f"{word} film", "label": word} for word in words])
+    options = {"model_name_or_path": tmp_path / "bert", "config_overrides": None, "weight_decay": 0.1}
+    options |= {"prune_method": "l1", "prune_targets": "heads,neurons", "prune_target_sparsity": 0.4}
+    if kind == "mlm":
+        mlm.main(arguments(tmp_path, max_seq_length=None, block_size=16, **options))
+        auto_class, whole = AutoModelForMaskedLM, BertForMaskedLM(config)
+    else:
+        metrics = classify_texts.main(arguments(tmp_path, **options))
+        auto_class, whole = AutoModelForSequenceClassification, BertForSequenceClassification(config)
+    model = auto_class.from_pretrained(tmp_path / "run", trust_remote_code=True).eval()
+    left = sum(p.numel() for p in model.bert.encoder.parameters())
+    assert left < 0.8 * sum(p.numel() for p in whole.bert.encoder.parameters())
+    if kind == "classify-texts":
+        logits = model(
+            **AutoTokenizer.from_pretrained(tmp_path / "run")(["good film", "bad film"], return_tensors="pt")
+        )
+        found = [model.config.id2label[i] for i in logits.logits.argmax(-1).tolist()]
+        assert metrics["eval_accuracy"] == np.mean([a == b for a, b in zip(found, ["good", "bad"], strict=True)]) == 1
