@@ -21,8 +21,8 @@ def shape(notebook):
     ]
 
 
-def test_there_are_four():
-    names = ["deep_model", "diagnostics", "gradinit", "pruning"]
+def test_there_are_five():
+    names = ["any_architecture", "deep_model", "diagnostics", "gradinit", "pruning"]
     assert [path.stem for path in NOTEBOOKS] == names
 
 
