@@ -31,7 +31,7 @@ def test_all_arms_cost_the_same_and_are_not_run_twice(tmp_path, monkeypatch):
     a_step = by_tokens["flops"] / by_tokens["steps"]
     assert abs(by_bytes["flops"] - by_tokens["flops"]) <= a_step / 2
     assert by_tokens["bytes_of_a_token"] > 2 and by_bytes["steps"] == 30
-    rows = bytes_or_tokens.comparison(results)
+    rows = bytes_or_tokens.table(results)
     assert len({len(row) for row in rows}) == 1 and rows[2][0] == "BPE, 1,024 tokens"
     monkeypatch.setattr(bytes_or_tokens, "train", None)
     assert run(monkeypatch, tmp_path / "out.json", *given)["runs"] == results["runs"]

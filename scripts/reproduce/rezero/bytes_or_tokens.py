@@ -54,8 +54,8 @@ def read(vocab_size: int, args: argparse.Namespace) -> dict:
     return {"bytes_of_a_token": round(len(data) / len(tokens.ids), 3)}
 
 
-def comparison(results: dict) -> list[list[str]]:
-    """One row for each arm: what the same compute is enough for. It becomes `table` when there is a result file to show."""
+def table(results: dict) -> list[list[str]]:
+    """One row for each arm: what the same compute is enough for."""
     rows = [
         ["tokens", "bytes of a token", "steps", "MB of text read", "best lr", "test bits per byte, mean", "by seed"]
     ]
