@@ -10,8 +10,9 @@
 Heads and neurons are chosen by magnitude, by Taylor scores, or by L1 or L0 masks; whole layers by L1 masks on gates that
 `rezero_` put in at 1. Every arm has as many steps, `budget`: scored units go at once, masks are learned in the first half. Each
 arm is trained on the labels alone (next tokens; the following passage among those of the batch), and again with the whole
-model as teacher, weight 0.5. `--methods "Torch-Pruning, neurons" "Torch-Pruning, width"` asks the package torch-pruning for as
-many parameters. MiniLM is post-norm, so that none of its layers can be switched off.
+model as teacher, weight 0.5. `--methods "Taylor, neurons" "Torch-Pruning, neurons" "Torch-Pruning, width"` removes as many
+parameters of neurons alone, by our scores or those of the package torch-pruning, or of the width too. MiniLM is post-norm, so that
+none of its layers can be switched off.
 
 `removed` counts parameters of the whole model, embeddings included. Training is in bf16 by autocast, quality in fp32. Results
 are written after every arm, and a repeated call goes on where it stopped. `time` is that of a forward pass over that of the
@@ -21,7 +22,6 @@ whole model, the median of interleaved runs; models are built for it from the co
 import argparse
 import copy
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -51,9 +51,11 @@ LEARNED = {
     "L0": ("l0", ("heads", "neurons")),
     "layers by gate": ("l1", ("layers",)),
 }
+NEURONS_ALONE = "Taylor, neurons"
 SCORED = ("magnitude", "Taylor")
 METHODS = (*SCORED, *LEARNED)
 PEERS = {"Torch-Pruning, neurons": False, "Torch-Pruning, width": True}  # whether the width of the stream goes too
+ALL = (*METHODS, NEURONS_ALONE, *PEERS)
 # names in Llama and in BERT
 ATTENTION, NEURONS = (
     ("q_proj", "k_proj", "v_proj", "query", "key", "value"),
@@ -235,7 +237,8 @@ def train(task: Task, model: nn.Module, taught: bool, steps: range, args, rng, m
 
 def cut_by_scores(task: Task, model: nn.Module, method: str, sparsity: float, args, rng) -> None:
     """Remove what scores lowest, the same fraction of each group."""
-    groups = find_groups(model, ["heads", "neurons"])
+    groups = find_groups(model, ["neurons"] if method == NEURONS_ALONE else ["heads", "neurons"])
+    sparsity = peer_ratio(model, False, sparsity) if method == NEURONS_ALONE else sparsity
     batches = [batch for batch, _ in zip(task.batches(rng), range(args.score_batches), strict=False)]
     scores = magnitude(model, groups) if method == "magnitude" else taylor(model, groups, batches, task.loss)
     prune_(model, groups, select(model, groups, scores, sparsity), method=method)
@@ -349,17 +352,23 @@ def run_all(args: argparse.Namespace) -> dict:
 
 @torch.no_grad()
 def time_all(args: argparse.Namespace) -> dict:
-    """Give every arm the time of a forward pass, over that of the whole model."""
+    """Give every arm without teacher the time of a forward pass, over that of the whole model.
+
+    Those with one have about the same sizes. A config cannot say the width of a language-model head, which Torch-Pruning cuts.
+    """
     results = read_json(args.output)
-    for key, arm in results["runs"].items():
-        name = key.split(" | ")[0]
-        auto, steps = {"smollm2": AutoModelForCausalLM, "minilm": AutoModel}[name], {}
-        for folder in (name, key):
-            model = auto.from_config(AutoConfig.from_pretrained(args.configs / folder)).eval()
-            steps[folder] = partial(model, torch.randint(0, model.config.vocab_size, (args.batch_size, args.length)))
-        arm["time"] = round(1 / against(take_turns(steps, args.repeats), name)[key]["speed"], 3)
-        print(key, arm["time"], flush=True)
-    save(args.output, results)
+    for name, auto in (("smollm2", AutoModelForCausalLM), ("minilm", AutoModel)):
+        arms = [key for key in results["runs"] if key.startswith(f"{name} | ") and key.endswith(f" | {LABELS}")]
+        arms = [key for key in arms if "time" not in results["runs"][key] and "width" not in key]
+        built = (auto.from_config(AutoConfig.from_pretrained(args.configs / folder)) for folder in (name, *arms))
+        whole = next(built).eval()
+        ids = torch.randint(0, whole.config.vocab_size, (args.batch_size, args.length))
+        for key, model in zip(arms, built, strict=False):
+            steps = {"whole": partial(whole, ids), "pruned": partial(model.eval(), ids)}
+            speed = against(take_turns(steps, args.repeats), "whole")["pruned"]["speed"]
+            results["runs"][key]["time"] = round(1 / speed, 3)
+            save(args.output, results)
+            print(key, results["runs"][key]["time"], flush=True)
     return results
 
 
@@ -378,7 +387,7 @@ def table(results: dict) -> list[list[str]]:
             shown = [f"{arm['quality']:.3f}" if arm else "" for arm in arms]
             removed = ", ".join(dict.fromkeys(f"{arm['removed']:.1%}" for arm in found))
             after = ", ".join(dict.fromkeys(f"{arm['after_removal']:.3f}" for arm in found))
-            times = f"{statistics.mean(arm['time'] for arm in found):.2f}" if "time" in found[0] else ""
+            times = f"{found[0]['time']:.2f}" if "time" in found[0] else ""
             rows.append([f"{task['title']}: {key.split(' | ')[1]}", removed, after, *shown, times])
     return rows
 
@@ -390,14 +399,14 @@ def draw(results: dict) -> Picture:
     figure = Picture(figsize=(5.5 * len(tasks), 4.2))
     for axes, (name, task) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
         axes.axhline(task["quality"], color=ink(), linewidth=1, label="whole model")
-        for color, method in enumerate((*METHODS, *PEERS)):
+        for color, method in enumerate(ALL):
             for teacher, style in ((LABELS, "o--"), (TEACHER, "o-")):
                 points = points_of(results, f"{name} | {method} | ", f" | {teacher}")
                 if points:
                     label = method if teacher == TEACHER else f"_{method}"
                     axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=label)
         axes.set(title=task["title"], xlabel="parameters, millions", ylabel=task["unit"])
-        label_lines(axes, [line for line in axes.lines if line.get_label() in (*METHODS, *PEERS)])
+        label_lines(axes, [line for line in axes.lines if line.get_label() in ALL])
     return figure
 
 
@@ -414,7 +423,7 @@ def main() -> None:
     parser.add_argument("--minilm", help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--train_file", default="python-stdlib", help="corpus: a file or a name of load_corpus")
     parser.add_argument("--tasks", nargs="+", choices=("smollm2", "minilm"), default=["smollm2", "minilm"])
-    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *PEERS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=ALL, default=list(METHODS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.2, 0.4], help="of the prunable parameters")
     parser.add_argument("--budget", type=int, default=40, help="steps of each arm")
     parser.add_argument("--batch_size", type=int, default=2, help="windows; of passages eight times as many")
