@@ -6,6 +6,8 @@ from run import load_claim
 
 CLAIMS = (
     "speed.model_speed",
+    "speed.generation_speed",
+    "speed.compiled_speed",
     "speed.import_time",
     "rezero.depth",
     "rezero.norm_gap",
@@ -17,6 +19,11 @@ UNMEASURED = {"GPU: share of bf16 peak, CUDA graphs, 1.2 bpb in 15 minutes": "40
 VERDICTS = {
     "12 x 512, training, bf16": "probably the products, equal for all, that fill the step",
     "128 x 64, one token": "probably calls of modules in Python",
+    "12 x 512, one token, fp32, laid out": "the products, equal for all, fill it; bf16 1.34",
+    "12 x 768, one token, fp32, laid out": "likewise; bf16 1.33",
+    "128 x 64, one token, fp32, laid out": "probably calls of modules in Python, which no layout changes",
+    "128 x 64, training, fp32, compiled": "compiling gains little in fp32, for GPT-2 more",
+    "128 x 64, inference, compiled": "likewise",
     "import, seconds over `import transformers`": "the Auto classes register real classes, which bring torch",
     "64 layers: steps to 4.0 bpb of ReZero, pre-norm, scaled pre-norm": "the scaled one starts better",
     "64 layers: the same to 3.6 bpb": "the scaled one catches up",

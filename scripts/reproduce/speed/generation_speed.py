@@ -105,6 +105,16 @@ def table(results: dict) -> list[list[str]]:
     return rows
 
 
+def goals(results: dict) -> list[list[str]]:
+    """Goals of one token at a time against GPT-2 as shipped."""
+    arm = "ReZero, learned positions | fp32, laid out"
+    sizes = {"12 x 512": "1.2", "12 x 768": "1.2", "128 x 64": "2.5"}
+    return [
+        [f"{case}, one token, fp32, laid out", goal, f"{results['speeds'][case]['one_token'][arm]['speed']:.2f}", ""]
+        for case, goal in sizes.items()
+    ]
+
+
 def main() -> None:
     """Measure what the result file lacks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
