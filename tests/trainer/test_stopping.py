@@ -48,6 +48,14 @@ class Signals(TrainerCallback):
         self.send("save", state)
 
 
+@pytest.fixture(autouse=True)
+def hangups_are_heard():
+    """Whoever starts the tests with nohup lets them ignore SIGHUP, which a run then ignores too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def make(make_config, arguments, tmp_path):
     def make(name, *callbacks, gradinit=None, pruning=None, **values):
