@@ -49,11 +49,13 @@ class Signals(TrainerCallback):
 
 
 @pytest.fixture(autouse=True)
-def hangups_are_heard():
-    """Whoever starts the tests with nohup lets them ignore SIGHUP, which a run then ignores too."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def signals_are_heard():
+    """Whoever starts the tests with nohup, or behind &, lets them ignore signals, which a run then ignores too."""
+    heard = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
