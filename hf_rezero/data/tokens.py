@@ -28,7 +28,7 @@ from .documents import Piece, decode, pieces
 from .download import cache_key, default_cache
 
 
-_PIECES_OF_A_TASK = 32
+PIECES_OF_A_TASK = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +191,7 @@ def load_tokens(
 def _encoded(data: np.ndarray, encoder: Encoder, ends, num_workers: int) -> Iterator[tuple]:
     """The start of each task, its ids, and the bytes behind them, in the order of the text."""
     cut = pieces(data, ends)
-    tasks = iter(lambda: list(islice(cut, _PIECES_OF_A_TASK)), [])
+    tasks = iter(lambda: list(islice(cut, PIECES_OF_A_TASK)), [])
     if num_workers == 1:
         yield from ((task[-1].stop, *encoder.encode_pieces(data, task)) for task in tasks)
         return

@@ -85,7 +85,7 @@ def test_a_tokenizer_in_python_does_not_know_its_bytes(tmp_path):
 
 @pytest.mark.parametrize("piece", [50, 1 << 16])
 def test_workers_give_the_tokens_of_one_process(bpe, tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(tokens_module, "_PIECES_OF_A_TASK", 3)
+    monkeypatch.setattr(tokens_module, "PIECES_OF_A_TASK", 3)
     monkeypatch.setattr(tokens_module, "pieces", partial(documents.pieces, size=piece))
     data, ends = as_bytes(PROSE), np.flatnonzero(as_bytes(PROSE) == 10)[1::2]
     one, two = (load_tokens(data, bpe, ends=ends, num_workers=n, cache_dir=tmp_path / str(n)) for n in (None, 2))

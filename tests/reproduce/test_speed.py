@@ -76,7 +76,7 @@ def test_the_bytes_that_a_path_reads_are_those_of_its_windows(tmp_path):
     timed = {"read": lambda: 3_000_000}
     assert [len(speeds) for speeds in data_speed.measure(timed, 2).values()] == [2]
     encoder = data_speed.Encoder(data_speed.train_bpe(text, 270))
-    assert data_speed.library(encoder, text) == len(text)
+    assert data_speed.tokenizers_alone(encoder, text) == len(text)
 
 
 def test_depths_are_compared_and_a_second_run_has_nothing_to_do(words, monkeypatch):
@@ -103,56 +103,47 @@ def test_the_recipe_is_compared_in_equal_time_and_its_rates_are_used_again(words
     assert all(best["learning_rate"] == results["best"][arm]["learning_rate"] for arm, best in second["best"].items())
 
 
+# one arm with states on the way
+RESUMED = [
+    "--layers",
+    2,
+    "--learning_rates",
+    0.003,
+    "--rounds",
+    0,
+    "--arms",
+    "ReZero, w = 0",
+    "--checkpoint_steps",
+    20,
+]
+
+
 def test_a_killed_run_goes_on_to_the_same_result(words, monkeypatch, tmp_path):
-    more = [
-        "--layers",
-        2,
-        "--learning_rates",
-        0.003,
-        "--rounds",
-        0,
-        "--arms",
-        "ReZero, w = 0",
-        "--checkpoint_steps",
-        20,
-    ]
-    expected = run(convergence, monkeypatch, words, *more)
+    expected = run(convergence, monkeypatch, words, *RESUMED)
     (tmp_path / "out.json").unlink()
     real, steps = byte_lm.step, []
     monkeypatch.setattr(byte_lm, "step", lambda *args: (steps.append(1), real(*args))[1] if len(steps) < 50 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(convergence, monkeypatch, words, *more)
+        run(convergence, monkeypatch, words, *RESUMED)
     steps.clear()
     monkeypatch.setattr(byte_lm, "step", lambda *args: (steps.append(1), real(*args))[1])
-    found = run(convergence, monkeypatch, words, *more)
+    found = run(convergence, monkeypatch, words, *RESUMED)
     assert len(steps) == 60 and not (tmp_path / "out.pt").exists()
     (a,), (b,) = expected["runs"].values(), found["runs"].values()
     assert a["test"] == b["test"] and [loss for *_, loss in a["curve"]] == [loss for *_, loss in b["curve"]]
     with pytest.raises(SystemExit, match="layers=2, now it is 3"):
-        run(convergence, monkeypatch, words, *more, "--layers", 3)
+        run(convergence, monkeypatch, words, *RESUMED, "--layers", 3)
 
 
 def test_a_state_of_other_settings_is_not_gone_on_from(words, monkeypatch, tmp_path):
-    more = [
-        "--layers",
-        2,
-        "--learning_rates",
-        0.003,
-        "--rounds",
-        0,
-        "--arms",
-        "ReZero, w = 0",
-        "--checkpoint_steps",
-        20,
-    ]
     real, steps = byte_lm.step, []
     monkeypatch.setattr(byte_lm, "step", lambda *args: (steps.append(1), real(*args))[1] if len(steps) < 25 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(convergence, monkeypatch, words, *more)
+        run(convergence, monkeypatch, words, *RESUMED)
     steps.clear()
     assert (tmp_path / "out.pt").exists()
     monkeypatch.setattr(byte_lm, "step", lambda *args: (steps.append(1), real(*args))[1])
-    run(convergence, monkeypatch, words, *more, "--batch_size", 2)
+    run(convergence, monkeypatch, words, *RESUMED, "--batch_size", 2)
     assert len(steps) == 100
 
 

@@ -35,6 +35,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from common.drawing import light_and_dark
 from common.record import FIGURES, RESULTS, once, read_json, save
+from common.teaching import WEIGHT, taught_loss
 from common.timing import against, take_turns
 from hf_rezero import load_corpus, rezero_
 from hf_rezero.data.download import default_cache
@@ -42,10 +43,8 @@ from hf_rezero.picture import Picture, ink, label_lines
 from hf_rezero.pruning import attach_masks, find_groups, magnitude, prune_, remove_pruned_, select, taylor
 from hf_rezero.pruning.select import Sizes
 from hf_rezero.rewrite.record import write_record
-from hf_rezero.trainer.distillation import predicted, soft_target_loss
 
 
-TEACHER_WEIGHT, TEMPERATURE = 0.5, 2.0
 LEARNED = {
     "L1": ("l1", ("heads", "neurons")),
     "L0": ("l0", ("heads", "neurons")),
@@ -132,13 +131,8 @@ class Language:
         return model(**batch).loss
 
     def taught(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """(1 - w) H + w T^2 D."""
-        output = model(**batch)
-        with torch.no_grad():
-            whole = self.whole(batch["input_ids"]).logits
-        own, other = (predicted(logits, batch["labels"], True) for logits in (output.logits, whole))
-        distance = soft_target_loss(own, other, TEMPERATURE).mean()
-        return (1 - TEACHER_WEIGHT) * output.loss + TEACHER_WEIGHT * distance
+        """On the labels and on the next tokens of the whole model."""
+        return taught_loss(model, self.whole, batch)
 
     def quality(self, model: nn.Module) -> dict[str, float]:
         """Bits per byte over all held-out windows."""
@@ -192,7 +186,7 @@ class Embeddings:
         with torch.no_grad():
             whole = self._both(self.whole, batch)
         distance = torch.stack([1 - (a * b).sum(1).mean() for a, b in zip(own, whole, strict=True)]).mean()
-        return (1 - TEACHER_WEIGHT) * self._contrast(*own) + TEACHER_WEIGHT * distance
+        return (1 - WEIGHT) * self._contrast(*own) + WEIGHT * distance
 
     def _both(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         firsts, seconds = zip(*batch["pairs"], strict=True)

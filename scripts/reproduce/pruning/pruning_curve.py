@@ -36,11 +36,11 @@ from common.curves import mean_of
 from common.drawing import GRAY, light_and_dark
 from common.images import HELP, endless_rows, floats, read_images
 from common.record import FIGURES, RESULTS, once, read_json, write_json
+from common.teaching import taught_loss
 from hf_rezero import ReZeroConfig, ReZeroForCausalLM, load_corpus, param_groups, pruning
 from hf_rezero.data.windows import ByteDataset, collate_bytes, evaluation_windows
 from hf_rezero.picture import Picture, ink, label_lines
 from hf_rezero.pruning import Masks, PruningGroup, attach_masks, find_groups, prune_, remove_pruned_, select
-from hf_rezero.trainer.distillation import predicted, soft_target_loss
 
 
 SPARSITIES = (0.3, 0.5, 0.6, 0.75, 0.9)
@@ -66,7 +66,7 @@ LOOKS |= {
     "magnitude, taught": ("C0", ":"),
     "L1 from scratch, taught": ("C6", "none"),
 }
-TAUGHT, TEACHER_WEIGHT, TEMPERATURE = ", taught", 0.5, 2.0
+TAUGHT = ", taught"
 
 
 # --- data and models
@@ -152,14 +152,8 @@ class Text:
         return model(**self.batch(rows)).loss
 
     def taught(self, teacher: nn.Module, model: nn.Module, rows: np.ndarray) -> Tensor:
-        """(1 - w) H + w T^2 D, with the divergence D from the teacher's next bytes."""
-        batch = self.batch(rows)
-        output = model(**batch)
-        with torch.no_grad():
-            target = teacher(batch["input_ids"]).logits
-        own, other = (predicted(logits, batch["labels"], True) for logits in (output.logits, target))
-        distance = soft_target_loss(own, other, TEMPERATURE).mean()
-        return (1 - TEACHER_WEIGHT) * output.loss + TEACHER_WEIGHT * distance
+        """On the labels and on the next bytes of the teacher."""
+        return taught_loss(model, teacher, self.batch(rows))
 
     def prepare_step(self, model: nn.Module) -> None:
         """Clip the gradients of the weights."""

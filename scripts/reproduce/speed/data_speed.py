@@ -39,7 +39,7 @@ from hf_rezero.data.bpe import train_bpe
 from hf_rezero.data.corpora import load_corpus
 from hf_rezero.data.documents import decode, pieces
 from hf_rezero.data.tokenizer import byte_tokenizer
-from hf_rezero.data.tokens import Encoder, load_tokens
+from hf_rezero.data.tokens import PIECES_OF_A_TASK, Encoder, load_tokens
 from hf_rezero.data.windows import ByteDataset, collate_bytes
 
 
@@ -74,9 +74,6 @@ class TokenizerDataset(PerItemDataset):
         return {"input_ids": batch.input_ids, "labels": batch.input_ids}
 
 
-PIECES_AT_ONCE = 32  # that `load_tokens` gives to the library in one call
-
-
 def batches(dataset: Dataset, collate: Callable, batch_size: int) -> int:
     """Read a pass in random order, and return the bytes that were read."""
     loader = DataLoader(dataset, batch_size=batch_size, sampler=RandomSampler(dataset), collate_fn=collate)
@@ -84,10 +81,10 @@ def batches(dataset: Dataset, collate: Callable, batch_size: int) -> int:
     return windows * dataset.block_size * dataset.data.itemsize
 
 
-def library(encoder: Encoder, text: np.ndarray) -> int:
+def tokenizers_alone(encoder: Encoder, text: np.ndarray) -> int:
     """Tokenize a text by the `tokenizers` library alone, and return its bytes."""
     cut = pieces(text, None)
-    while some := list(islice(cut, PIECES_AT_ONCE)):
+    while some := list(islice(cut, PIECES_OF_A_TASK)):
         encoder.backend.encode_batch([decode(text, piece) for piece in some], add_special_tokens=False)
     return len(text)
 
@@ -116,7 +113,7 @@ def paths(data: np.ndarray, folder: Path, args: argparse.Namespace) -> dict[str,
         "per item": partial(read, PerItemDataset(data[: args.per_item_bytes], args.block_size), collate_bytes),
         "tokenizer": partial(read, small, small.collate),
         "token ids gathered": partial(read, ByteDataset(ids, args.block_size), collate_bytes),
-        "tokenizers alone": partial(library, Encoder(bpe), text),
+        "tokenizers alone": partial(tokenizers_alone, Encoder(bpe), text),
         "load_tokens": partial(ours, bpe, text, folder, count()),
     }
 
